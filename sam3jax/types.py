@@ -1,0 +1,118 @@
+"""The records that flow through the program, and the legend of their axes.
+
+Axes, in every shape comment of this project:
+
+    I  images                 P  prompts per image       B  image-prompt pairs, B = I * P
+    Q  queries                T  targets of a prompt     M  instances of an image
+    L  decoder layers         N  tokens                  D  width
+    H  heads                  K  width of a head         G  box exemplars of a prompt
+    V  phrases (vocabulary)   R  LoRA rank               Y X  rows, columns
+
+Boxes are centre x, centre y, width, height in 0..1 of the (resized, padded) picture unless a name
+says otherwise. Everything is padded to static shapes; what is padding is said by a mask or a count
+beside it and must never change a result.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import struct
+
+
+@struct.dataclass
+class Prompts:
+    """What is asked of each picture: phrases, with optional box exemplars.
+
+    text_id [I, P] int32, the row of the phrase in the tokens or text features beside it.
+    valid [I, P] bool, False for padding.
+    boxes [I, P, G, 4] exemplars, valid ones first; G may be 0.
+    box_labels [I, P, G] int32, 1 for "like this", 0 for "not like this".
+    box_valid [I, P, G] bool.
+    """
+
+    text_id: jax.Array
+    valid: jax.Array
+    boxes: jax.Array
+    box_labels: jax.Array
+    box_valid: jax.Array
+
+
+@struct.dataclass
+class Targets:
+    """What is true of each picture, stored once per instance; prompts point into it.
+
+    boxes [I, M, 4]; masks [I, M, Y, ceil(X / 8)] uint8, rows packed by `np.packbits` (big bit order).
+    mask_valid [I, M] bool, False for instances without a usable mask (their boxes still train).
+    index [I, P, T] int32 into M, real targets first, M where there is none.
+    num_targets [I, P] int32 <= T.
+    is_exhaustive [I, P] bool, False where the picture may hold unlabelled instances of the phrase.
+    """
+
+    boxes: jax.Array
+    masks: jax.Array
+    mask_valid: jax.Array
+    index: jax.Array
+    num_targets: jax.Array
+    is_exhaustive: jax.Array
+
+
+@struct.dataclass
+class Batch:
+    """One training or validation step's worth of pictures.
+
+    images [I, Y, X, 3] uint8, RGB, normalised on the device.
+    tokens [V, N] int32, the phrases that `prompts.text_id` numbers; 0 is padding.
+    image_valid [I] bool, False for a repeated picture that only fills up the batch.
+    image_id [I] int32, the row of the picture in its data set.
+    """
+
+    images: jax.Array
+    tokens: jax.Array
+    prompts: Prompts
+    targets: Targets
+    image_valid: jax.Array
+    image_id: jax.Array
+
+
+@struct.dataclass
+class TextFeatures:
+    """Encoded phrases: features [V, N, D]; valid [V, N] bool, False for padding tokens."""
+
+    features: jax.Array
+    valid: jax.Array
+
+
+@struct.dataclass
+class ImageFeatures:
+    """Backbone output, finest first: levels of [I, Y/4.., X/4.., D], strides 1/4, 1/2, 1 of a patch."""
+
+    levels: tuple[jax.Array, ...]
+
+
+@struct.dataclass
+class Detections:
+    """What one group of queries predicts, every decoder layer (the last one is the answer).
+
+    logits [L, B, Q]; boxes [L, B, Q, 4]; mask_embed [B, Q, D], last layer only: the mask logits of
+    query q are `einsum("d,yxd->yx", mask_embed[b, q], pixel_embed[b])` (see `draw_masks`).
+    """
+
+    logits: jax.Array
+    boxes: jax.Array
+    mask_embed: jax.Array
+
+
+@struct.dataclass
+class Outputs:
+    """What the detector returns for B = I * P pairs, pair b = image b // P, prompt b % P.
+
+    o2o: the one-to-one queries. o2m: the one-to-many queries, in training only, else None.
+    presence_logits [L, B], one per prompt: is there any instance at all?
+    pixel_embed [B, Y', X', D] with Y' = 4 Y / patch; semantic_logits [B, Y', X'].
+    """
+
+    o2o: Detections
+    o2m: Detections | None
+    presence_logits: jax.Array
+    pixel_embed: jax.Array
+    semantic_logits: jax.Array
