@@ -1,0 +1,272 @@
+"""From the detector's outputs to scored boxes and masks at the picture's own size.
+
+One path for validation, `evaluate` and `predict`: `top_candidates` runs on the device with static
+shapes, `full_size` brings what it kept back to the picture. Answers to sam3/eval/postprocessors.py
+(PostProcessImage) and sam3/model/sam3_image_processor.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from pycocotools import mask as coco_mask
+
+from sam3jax.types import Outputs
+
+_MASKS_AT_ONCE = 8
+_PIXELS_AT_ONCE = 1 << 22  # bounds memory whatever the picture's size: 16 MB of float32
+
+
+@struct.dataclass
+class Candidates:
+    """The K strongest queries of each of B pairs, strongest first.
+
+    scores [B, K] in 0..1; boxes [B, K, 4]; mask_logits [B, K, Y', X'], at the model's mask size;
+    keep [B, K] bool, False where mask NMS dropped the query.
+    """
+
+    scores: jax.Array
+    boxes: jax.Array
+    mask_logits: jax.Array
+    keep: jax.Array
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Instances of one phrase in one picture, strongest first, in the picture's own pixels.
+
+    scores [K]; boxes_xyxy [K, 4] (left, top, right, bottom; not clipped to the picture); masks: K
+    compressed COCO RLEs of size (height, width).
+    """
+
+    scores: np.ndarray
+    boxes_xyxy: np.ndarray
+    masks: list[dict[str, Any]]
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, threshold: float) -> Detections:
+        """Those with a score above the threshold, as the published processor keeps them."""
+        chosen = np.flatnonzero(self.scores > threshold)
+        masks = [self.masks[k] for k in chosen]
+        return Detections(
+            self.scores[chosen], self.boxes_xyxy[chosen], masks, self.height, self.width
+        )
+
+    def decode_masks(self) -> np.ndarray:
+        """[K, height, width] bool."""
+        if not self.masks:
+            return np.zeros((0, self.height, self.width), bool)
+        return np.stack([coco_mask.decode(rle).astype(bool) for rle in self.masks])
+
+    def to_coco(self, image_id: int, category_id: int) -> list[dict[str, Any]]:
+        """COCO results: bbox as x, y, width, height in pixels, segmentation as RLE with text counts."""
+        results = []
+        for score, (left, top, right, bottom), rle in zip(
+            self.scores.tolist(), self.boxes_xyxy.tolist(), self.masks, strict=True
+        ):
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "score": score,
+                    "segmentation": {**rle, "counts": _text(rle["counts"])},
+                }
+            )
+        return results
+
+
+def scores(outputs: Outputs) -> jax.Array:
+    """[B, Q]: sigmoid(logit) * sigmoid(presence) of the last decoder layer."""
+    presence = jax.nn.sigmoid(outputs.presence_logits[-1].astype(jnp.float32))  # [B]
+    return jax.nn.sigmoid(outputs.o2o.logits[-1].astype(jnp.float32)) * presence[:, None]
+
+
+def top_candidates(
+    outputs: Outputs, *, limit: int, nms: float | None = None, mask_threshold: float = 0.5
+) -> Candidates:
+    """The `limit` strongest queries of each pair (all of them where there are fewer), with masks.
+
+    Masks are drawn for these only. `nms`: mask IoU, at the model's mask size, above which the
+    weaker of two is not kept; None keeps all.
+    """
+    ranked, query = lax.top_k(scores(outputs), min(limit, outputs.o2o.logits.shape[-1]))  # [B, K]
+    boxes = jnp.take_along_axis(outputs.o2o.boxes[-1], query[..., None], axis=1)
+    embed = jnp.take_along_axis(outputs.o2o.mask_embed, query[..., None], axis=1)  # [B, K, D]
+    mask_logits = jnp.einsum(
+        "bkd,byxd->bkyx", embed, outputs.pixel_embed, preferred_element_type=jnp.float32
+    )
+    keep = jnp.ones(ranked.shape, bool)
+    if nms is not None:
+        keep = mask_nms(mask_logits > logit(mask_threshold), nms)
+    return Candidates(ranked, boxes.astype(jnp.float32), mask_logits, keep)
+
+
+def mask_nms(masks: jax.Array, threshold: float) -> jax.Array:
+    """Greedy non-maximum suppression: masks [B, K, Y, X] bool, strongest first -> keep [B, K]."""
+
+    def of_one_pair(mask: jax.Array) -> jax.Array:
+        flat = mask.reshape(mask.shape[0], -1).astype(jnp.float32)
+        both = flat @ flat.T  # [K, K], exact below 2^24 pixels
+        area = jnp.diagonal(both)
+        union = area[:, None] + area[None] - both
+        rival = both > threshold * union  # two empty masks are no rivals: 0 > 0 is False
+        order = jnp.arange(mask.shape[0])
+
+        def step(k: jax.Array, keep: jax.Array) -> jax.Array:
+            return keep.at[k].set(~jnp.any(keep & rival[k] & (order < k)))
+
+        return lax.fori_loop(0, mask.shape[0], step, jnp.ones_like(area, bool))
+
+    return lax.map(of_one_pair, masks)
+
+
+def full_size(
+    candidates: Candidates,
+    pair: int,
+    height: int,
+    width: int,
+    *,
+    floor: float = 0.0,
+    limit: int | None = None,
+    mask_threshold: float = 0.5,
+) -> Detections:
+    """The detections of one pair at the picture's own size, those with a score above `floor`.
+
+    The picture must have been squashed to the model's square without padding, so that a box scales
+    by (width, height) and a mask by bilinear interpolation of its logits.
+    """
+    ranked = np.asarray(candidates.scores[pair])
+    chosen = np.flatnonzero(np.asarray(candidates.keep[pair]) & (ranked > floor))[:limit]
+    centre_x, centre_y, box_width, box_height = np.asarray(candidates.boxes[pair])[chosen].T
+    corners = [
+        centre_x - box_width / 2, centre_y - box_height / 2,
+        centre_x + box_width / 2, centre_y + box_height / 2,
+    ]  # fmt: skip
+    boxes = np.stack(corners, axis=1) * np.array([width, height, width, height], np.float32)
+    logits = np.asarray(candidates.mask_logits[pair])[chosen]
+    masks = enlarge_masks(logits, height, width, threshold=mask_threshold)
+    return Detections(ranked[chosen], boxes, masks, height, width)
+
+
+def enlarge_masks(
+    logits: np.ndarray, height: int, width: int, *, threshold: float = 0.5
+) -> list[dict[str, Any]]:
+    """Mask logits [K, Y', X'] -> K compressed RLEs of (height, width).
+
+    Bilinear interpolation of the logits with half-pixel centres (torch's align_corners=False), then
+    sigmoid above `threshold`. Works in strips of whole columns, the order in which COCO's run
+    lengths go, so a mask of a 100-megapixel picture never exists as a picture.
+    """
+    cutoff = logit(threshold)
+    rle: list[dict[str, Any]] = []
+    for start in range(0, len(logits), _MASKS_AT_ONCE):
+        chunk = np.asarray(logits[start : start + _MASKS_AT_ONCE], np.float32)
+        count = len(chunk)
+        chunk = np.pad(chunk, ((0, _MASKS_AT_ONCE - count), (0, 0), (0, 0)), mode="edge")
+        rle += _enlarge_chunk(chunk, cutoff, height, width)[:count]
+    return rle
+
+
+def logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def _enlarge_chunk(
+    logits: np.ndarray, cutoff: float, height: int, width: int
+) -> list[dict[str, Any]]:
+    chex.assert_rank(logits, 3)
+    rows = _bucket(height)
+    columns = min(_bucket(width), 1 << int(math.log2(max(1, _PIXELS_AT_ONCE // 8 // rows))))
+    transposed = jnp.asarray(logits.transpose(0, 2, 1))  # [K, X', Y']
+    changes: list[list[np.ndarray]] = [[] for _ in logits]
+    last = np.zeros(len(logits), bool)
+    first, stop = _columns_of_interest(logits > cutoff, width)
+    for start in range(first, stop, columns):
+        strip = _enlarge_strip(
+            transposed, cutoff, start, width, height, columns=columns, rows=rows
+        )  # [K, columns, rows]
+        used = min(columns, width - start)
+        bits = np.asarray(strip)[:, :used, :height].reshape(len(logits), -1)
+        edges = bits != np.concatenate([last[:, None], bits[:, :-1]], axis=1)
+        last = bits[:, -1]
+        for k, edge in enumerate(edges):
+            changes[k].append(np.flatnonzero(edge) + start * height)
+    return [_rle(np.concatenate(parts) if parts else np.zeros(0, int), height, width)
+            for parts in changes]  # fmt: skip
+
+
+def _columns_of_interest(positive: np.ndarray, width: int) -> tuple[int, int]:
+    """Columns [first, stop) of the enlarged picture outside of which no mask of the chunk can be.
+
+    An interpolated value exceeds the cutoff only next to a cell that does: one cell of margin, and
+    one more for rounding.
+    """
+    cells = np.flatnonzero(positive.any(axis=(0, 1)))
+    if not len(cells):
+        return 0, 0
+    scale = width / positive.shape[2]
+    first = math.floor((cells[0] - 2) * scale)
+    stop = math.ceil((cells[-1] + 3) * scale)
+    return max(0, first), min(width, stop + 1)  # one column behind closes the last run
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "rows"))
+def _enlarge_strip(
+    transposed: jax.Array,
+    cutoff: float,
+    start: int,
+    width: int,
+    height: int,
+    *,
+    columns: int,
+    rows: int,
+) -> jax.Array:
+    """Columns start.. of the enlarged masks: [K, X', Y'] -> bool [K, columns, rows]."""
+    low, high, part = _taps(start + jnp.arange(columns), width, transposed.shape[1])
+    part = part[:, None]
+    strip = transposed[:, low] * (1 - part) + transposed[:, high] * part  # [K, columns, Y']
+    low, high, part = _taps(jnp.arange(rows), height, transposed.shape[2])
+    strip = strip[..., low] * (1 - part) + strip[..., high] * part  # [K, columns, rows]
+    return strip > cutoff
+
+
+def _taps(position: jax.Array, size: int, cells: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The two cells between which an enlarged pixel lies, and its part of the way to the second."""
+    source = (position + 0.5) * (cells / jnp.asarray(size, jnp.float32)) - 0.5
+    source = jnp.clip(source, 0, cells - 1)
+    low = source.astype(jnp.int32)
+    return low, jnp.minimum(low + 1, cells - 1), source - low
+
+
+def _bucket(size: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, ...: few sizes to compile for, at most half wasted."""
+    power = 1 << max(0, size - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
+
+
+def _rle(changes: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """Compressed RLE of a mask that starts with 0 and changes at these column-major positions."""
+    bounds = np.concatenate([[0], changes, [height * width]])
+    counts = np.diff(bounds)
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    raw = {"size": [height, width], "counts": counts.tolist()}
+    return coco_mask.frPyObjects(raw, height, width)
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts
