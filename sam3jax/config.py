@@ -69,9 +69,6 @@ class ModelConfig(_Section):
     clamp_presence: bool = Field(
         False, description="clamp presence logits to +-10, as transformers does"
     )
-    point_projections: bool = Field(
-        True, description="hold the point projections (dead here); transformers does not"
-    )
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="before")
@@ -238,12 +235,22 @@ class DataConfig(_Section):
     )
     train_split: str = Field("train", description="split of a Roboflow or classic COCO folder")
     valid_split: str = "valid"
+    phrases: dict[str, str] = Field(
+        {}, description="category name -> what to ask instead, for names like GlassBottle_Close"
+    )
+    allow_missing_masks: bool = Field(
+        False, description="train masks though a category has boxes only (its boxes still train)"
+    )
     max_prompts: int = Field(4, ge=1, description="prompts per picture, negatives included")
     negatives: int = Field(
         1, ge=0, description="absent categories asked per picture, where there is room"
     )
+    negative_phrases: tuple[str, ...] = Field(
+        (),
+        description="further phrases to ask as negatives: things that are in no training picture",
+    )
     max_targets: int | None = Field(
-        None, description="targets per prompt; None: the most that the data has"
+        None, ge=1, description="targets per prompt; None: the most that the data has"
     )
     exemplars: int = Field(0, ge=0, description="box exemplars per prompt at most")
     exemplar_probability: float = Field(0.5, ge=0, le=1)
@@ -251,13 +258,19 @@ class DataConfig(_Section):
         0.0, ge=0, le=1, description="ask with a box alone (phrase 'visual')"
     )
     flip: bool = Field(False, description="mirror half of the training pictures left to right")
+    turn: bool = Field(False, description="turn training pictures by 0, 90, 180 or 270 degrees")
+    crop: float = Field(
+        1.0, gt=0, le=1, description="smallest share of each edge that a random crop keeps; 1: none"
+    )
     min_size: int | None = Field(
-        None, description="smallest random edge; the rest is padded. None: no random size"
+        None,
+        ge=1,
+        description="smallest random edge, pixels; the rest is padded. None: no random size",
     )
     workers: int = Field(0, ge=0, description="loader processes; 0: in the main process")
     shapes_seed: int = 0
-    shapes_train: int = Field(2000, description="generated training pictures")
-    shapes_valid: int = 100
+    shapes_train: int = Field(2000, ge=1, description="generated training pictures")
+    shapes_valid: int = Field(100, ge=1, description="generated validation pictures")
 
 
 class OptimConfig(_Section):

@@ -1,0 +1,155 @@
+"""Small layers with torch's conventions: linear with LoRA, norms, MLP, convolutions, stochastic depth.
+
+Parameters are float32; each layer casts them to `dtype` for the product and accumulates in float32.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+TORCH_EPS = 1e-5  # torch's LayerNorm and GroupNorm; Linen's own default is 1e-6
+
+# torch: F.gelu is exact; jax.nn.gelu defaults to the tanh approximation.
+gelu = partial(jax.nn.gelu, approximate=False)
+
+
+def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel [D, E] -> [..., E] in x's dtype, accumulated in float32."""
+    y = jax.lax.dot_general(
+        x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return y.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W + b, plus an adapter scale * drop(x) A B where the `lora` collection holds one here.
+
+    Collections: `params` {kernel [D, E], bias [E]}; `lora` {a [D, R], b [R, E]}, see sam3jax.lora;
+    `lora_scale` {scale []}, alpha / rank, or 0 where a stacked layer is not adapted, and
+    {dropout []} where the adapter's input is dropped out in training.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(
+            "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
+        )
+        x = x.astype(self.dtype)
+        y = dot(x, kernel.astype(self.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            y = y + self._adapter(x)
+        return y
+
+    def _adapter(self, x: jax.Array) -> jax.Array:
+        a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+        if self.train and self.has_variable("lora_scale", "dropout"):
+            keep = 1.0 - self.get_variable("lora_scale", "dropout").astype(x.dtype)
+            x = jnp.where(
+                jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape), x / keep, 0
+            )
+        scale = self.get_variable("lora_scale", "scale").astype(self.dtype)
+        return scale * dot(dot(x, a.astype(self.dtype)), b.astype(self.dtype))
+
+
+def layer_norm(dtype: Any = jnp.float32, eps: float = TORCH_EPS, **kwargs: Any) -> nn.LayerNorm:
+    """Torch's LayerNorm: eps 1e-5, two-pass variance in float32, result in `dtype`."""
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, **kwargs)
+
+
+def group_norm(groups: int, dtype: Any = jnp.float32, **kwargs: Any) -> nn.GroupNorm:
+    """Torch's GroupNorm: eps 1e-5, two-pass variance in float32, result in `dtype`."""
+    return nn.GroupNorm(
+        num_groups=groups, epsilon=TORCH_EPS, use_fast_variance=False, dtype=dtype, **kwargs
+    )
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU (and dropout) between; optional residual and output norm.
+
+    Answers to sam3.model.model_misc.MLP.
+    """
+
+    widths: tuple[int, ...]
+    residual: bool = False
+    out_norm: bool = False
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        start = x
+        for i, width in enumerate(self.widths):
+            x = Linear(width, dtype=self.dtype, train=self.train, name=f"layers_{i}")(x)
+            if i + 1 < len(self.widths):
+                x = nn.Dropout(self.dropout, deterministic=not self.train)(nn.relu(x))
+        if self.residual:
+            x = x + start.astype(x.dtype)
+        return layer_norm(self.dtype, name="out_norm")(x) if self.out_norm else x
+
+
+class Conv(nn.Module):
+    """Convolution with stride 1 on [B, Y, X, D]; `padding` rows and columns of zeros all round."""
+
+    features: int
+    size: int
+    padding: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = x.astype(self.dtype)
+        if self.size == 1:
+            y = dot(x, kernel[0, 0])
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), [(self.padding,) * 2] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )  # fmt: skip
+        return y + bias.astype(self.dtype)
+
+
+class Upsample2x(nn.Module):
+    """Transposed convolution, kernel 2, stride 2: [B, Y, X, D] -> [B, 2Y, 2X, E].
+
+    Kernel windows do not overlap, so it is one matrix product and a reshape.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, y, xx, d = x.shape
+        shape = (d, 2, 2, self.features)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0)
+        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        out = dot(x.astype(self.dtype), kernel.reshape(d, -1))  # [B, Y, X, 4E]
+        out = out.reshape(b, y, xx, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+        return out.reshape(b, 2 * y, 2 * xx, self.features) + bias.astype(self.dtype)
+
+
+def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Drop the whole residual branch of a sample with probability `rate` (traced), else rescale it.
+
+    x [B, ...]; key None: x unchanged. Stochastic depth, https://arxiv.org/abs/1603.09382.
+    """
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
