@@ -308,7 +308,9 @@ class EvalConfig(_Section):
     batch_size: int = Field(2, ge=1)
     threshold: float = Field(0.5, ge=0, le=1, description="score of a detection worth showing")
     max_detections: int = Field(
-        100, ge=1, description="per picture and phrase; evaluation keeps more where the data have more"
+        100,
+        ge=1,
+        description="per picture and phrase; evaluation keeps more where the data have more",
     )
     score_floor: float = Field(
         1e-3, ge=0, lt=1, description="weakest score that AP still looks at; the rest is not stored"

@@ -65,14 +65,14 @@ def measure(
     *,
     threshold: float = 0.5,
     thresholds: Mapping[str, float] | None = None,
-    image_ids: Collection[Any] | None = None,
+    asked: Collection[Pair] | None = None,
 ) -> Evaluation:
-    """All metrics of predictions on a data set, or on the pictures in `image_ids` only.
+    """All metrics of predictions on a data set, or on the pairs in `asked` only.
 
     `threshold` is the score from which a detection counts in cgF1 and false alarms; `thresholds`
     (category name -> score) replaces it category by category. AP knows no threshold.
     """
-    truth = Truth(dataset, image_ids)
+    truth = Truth(dataset, asked)
     kept = [dict(p) for p in predictions if (p["image_id"], p["category_id"]) in truth.pairs]
     cuts = {i: (thresholds or {}).get(n, threshold) for i, n in dataset.categories.items()}
     metrics: dict[str, float] = {}
@@ -96,16 +96,16 @@ def measure(
 class Truth:
     """A data set as the metrics see it.
 
-    pairs: pair -> annotations, for every (picture, category) of which it is known what is there:
-    not those whose only annotations are crowds, nor those a federated data set says nothing about.
-    images, categories: what is counted. kinds: "bbox", and "segm" last where there are masks.
+    pairs: pair -> annotations, for every (picture, category) that counts: those in `asked` (None:
+    all), but not those a federated data set says nothing about. images: those of the pairs.
+    kinds: "bbox", and "segm" last where there are masks.
     """
 
-    def __init__(self, dataset: Dataset, image_ids: Collection[Any] | None = None) -> None:
-        chosen = None if image_ids is None else set(image_ids)
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, asked: Collection[Pair] | None = None) -> None:
+        chosen = None if asked is None else set(asked)
+        pictures = None if chosen is None else {image_id for image_id, _ in chosen}
         self.images: dict[Any, ImageRecord] = {
-            image.id: image for image in dataset.images if chosen is None or image.id in chosen
+            image.id: image for image in dataset.images if pictures is None or image.id in pictures
         }
         self.categories = [i for i in used_categories(dataset) if i in dataset.categories]
         self.pairs: dict[Pair, tuple[Annotation, ...]] = {}
@@ -118,9 +118,9 @@ class Truth:
             for category in self.categories:
                 here = tuple(by_category[category])
                 federated = image.negative_ids is not None and category not in image.negative_ids
-                if all(a.iscrowd for a in here) if here else federated:
-                    continue
-                self.pairs[image.id, category] = here
+                skipped = chosen is not None and (image.id, category) not in chosen
+                if not skipped and (here or not federated):
+                    self.pairs[image.id, category] = here
         self.kinds: tuple[IouType, ...] = ("bbox", "segm") if has_masks else ("bbox",)
         self._regions: dict[tuple[Pair, IouType], tuple[list, list, list[float]]] = {}
 
@@ -205,7 +205,9 @@ def match_pairs(
     """One-to-one matching of highest total IoU for each known pair, and its counts."""
     grouped = _by_pair(predictions)
     found = []
-    for pair in truth.pairs:
+    for pair, here in truth.pairs.items():
+        if here and all(a.iscrowd for a in here):
+            continue  # neither "it is there" nor "it is not" can be right or wrong
         kept = [r for r in grouped[pair] if r["score"] >= thresholds[pair[1]]]
         regions = [_result_region(r, kind) for r in kept]
         instances, lenient, _ = truth.regions(pair, kind)
@@ -298,7 +300,7 @@ def _silence(truth: Truth, found: Sequence[_Found]) -> dict[str, float]:
     false_alarms: share of the absent (picture, category) pairs with a detection;
     false_alarms_empty: share of the pictures without any object that have one for some category.
     """
-    absent = [f for f in found if not f.truths and not truth.pairs[f.pair]]
+    absent = [f for f in found if not truth.pairs[f.pair]]
     metrics = {}
     if absent:
         metrics["false_alarms"] = float(np.mean([f.found > 0 for f in absent]))

@@ -138,14 +138,14 @@ def test_a_detection_in_a_crowd_is_neither_right_nor_wrong():
     assert spoiled["IL_MCC"] < 0.99
 
 
-def random_case(seed: int, *, negatives: bool = True) -> tuple[dict, list[dict]]:
+def random_case(seed: int, crowds: tuple[int, ...] = ()) -> tuple[dict, list[dict]]:
     """Truth and 200 predictions around and beside it, of 3 categories in 7 pictures."""
     rng = np.random.default_rng(seed)
     images = [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 150} for i in range(7)]
     annotations, results = [], []
     while len(results) < 200:
         image, category = int(rng.integers(7)), int(rng.integers(1, 4))
-        if negatives and (image + category) % 3 == 0 and rng.uniform() < 0.97:
+        if (image + category) % 3 == 0 and rng.uniform() < 0.97:
             continue
         box = [*rng.uniform(0, 100, 2), *rng.uniform(10, 45, 2)]
         if rng.uniform() < 0.4 and (image + category) % 3 != 0:
@@ -164,7 +164,7 @@ def random_case(seed: int, *, negatives: bool = True) -> tuple[dict, list[dict]]
         return {**item, "segmentation": rle}
 
     annotations = [
-        masked({**a, "id": i, "iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3]})
+        masked({**a, "id": i, "iscrowd": int(i in crowds), "area": a["bbox"][2] * a["bbox"][3]})
         for i, a in enumerate(annotations, start=1)
     ]
     categories = [{"id": i, "name": f"thing {i}"} for i in (1, 2, 3)]
@@ -175,7 +175,7 @@ def random_case(seed: int, *, negatives: bool = True) -> tuple[dict, list[dict]]
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_ap_equals_pycocotools_called_directly(seed, kind):
-    raw, results = random_case(seed)
+    raw, results = random_case(seed, crowds=(2, 3, 7, 20))
     key = "bbox" if kind == "bbox" else "segmentation"
     bare = [{k: r[k] for k in ("image_id", "category_id", "score", key)} for r in results]
     with contextlib.redirect_stdout(io.StringIO()):
