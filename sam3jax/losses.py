@@ -1,0 +1,392 @@
+"""The training loss. Answers to Sam3LossWrapper, IABCEMdetr and Boxes (sam3.train.loss); masks in
+`mask_loss`.
+
+Every loss is computed for all decoder layers at once (an axis, not a loop). What a device returns is
+its share: summed over devices it is the loss of the whole batch, equal to torch on one process.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from sam3jax.boxes import cxcywh_to_xyxy, giou, iou
+from sam3jax.config import LossConfig
+from sam3jax.mask_loss import MaskPairs, bce, focal, mask_sums, power
+from sam3jax.matching import hungarian, match_cost, match_one_to_many
+from sam3jax.semantic_loss import semantic_losses
+from sam3jax.types import Detections, Outputs, Targets
+
+KINDS = {
+    "loss_bbox": "bbox", "loss_giou": "giou", "loss_ce": "ce", "presence_loss": "presence",
+    "loss_mask": "mask", "loss_dice": "dice", "loss_semantic_seg": "semantic_seg",
+    "loss_semantic_dice": "semantic_dice",
+}  # fmt: skip
+
+
+class Truth(NamedTuple):
+    """The targets of each prompt, gathered: what the losses compare with.
+
+    boxes [B, T, 4], zero where there is none; real [B, T]; count [B] int32; valid, exhaustive [B] bool;
+    instance [B, T] int32 < M; has_mask [B, T] bool.
+    """
+
+    boxes: jax.Array
+    real: jax.Array
+    count: jax.Array
+    valid: jax.Array
+    exhaustive: jax.Array
+    instance: jax.Array
+    has_mask: jax.Array
+
+
+class Normalisers(NamedTuple):
+    """Scalars that the sums are divided by: targets, prompts; each over the whole batch."""
+
+    targets: jax.Array
+    prompts: jax.Array
+
+
+class Matches(NamedTuple):
+    """The queries of each target, Q where there is none: o2o [L, B, T, 1], o2m [L, B, T, k] or None."""
+
+    o2o: jax.Array
+    o2m: jax.Array | None
+
+
+def compute_losses(
+    outputs: Outputs,
+    targets: Targets,
+    prompt_valid: jax.Array,
+    config: LossConfig,
+    *,
+    axis_names: tuple[str, ...] | None = None,
+    point_rng: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The training loss and its terms under the published names.
+
+    prompt_valid [I, P]: a prompt that is not valid counts as absent, in sums and in normalisers.
+    Returns (total, terms). Terms are not yet weighted, except that those of one-to-many queries carry
+    o2m_weight, as in torch (there even `ce_f1_o2m` does): `loss_bbox`, `loss_giou`, `loss_ce`,
+    `presence_loss`, `loss_mask`, `loss_dice`, the metrics `ce_f1` and `presence_dec_acc`, with the
+    suffixes `_aux_{layer}`, `_o2m`, `_aux_{layer}_o2m`; `core_loss` = total; `mask_pairs` and
+    `mask_pairs_dropped` count masks (never silently: see `mask_pairs` in LossConfig). torch's presence
+    terms of one-to-many queries, constant zeros, are left out.
+
+    axis_names: mesh axes over which the batch is split (inside shard_map). Normalisers are summed over
+    them; total and terms are this device's shares: their psum is the loss of the whole batch.
+    point_rng: key for `num_sample_points`; give each device its own.
+    """
+    chex.assert_rank([prompt_valid, outputs.o2o.logits, outputs.o2o.boxes], [2, 3, 4])
+    chex.assert_equal_shape([prompt_valid, targets.num_targets])
+    if not config.o2m:
+        outputs = outputs.replace(o2m=None)
+    if not config.aux:
+        outputs = _last_layer(outputs)
+    truth = gather_truth(targets, prompt_valid)
+    norm = _normalisers(truth, config, axis_names)
+    matches = match(outputs, truth, config)
+
+    terms: dict[str, jax.Array] = {}
+    layers = len(outputs.o2o.logits)
+    names = [f"_aux_{i}" for i in range(layers - 1)] + [""]
+    groups = [(outputs.o2o, matches.o2o, outputs.presence_logits, 1.0, "")]
+    if outputs.o2m is not None:
+        groups.append((outputs.o2m, matches.o2m, None, config.o2m_weight, "_o2m"))
+    for detections, queries, presence_logits, weight, suffix in groups:
+        found = _box_losses(detections, queries, truth, norm)
+        found |= _class_losses(detections, queries, truth, norm, config, axis_names)
+        if presence_logits is not None and config.use_presence:
+            found |= _presence_losses(presence_logits, truth, norm, config)
+        for key, values in found.items():
+            terms |= {f"{key}{name}{suffix}": weight * v for name, v in zip(names, values)}
+    if config.masks:
+        terms |= _mask_losses(outputs, matches, truth, targets.masks, norm, config, point_rng)
+    if config.semantic:
+        terms |= semantic_losses(
+            outputs.semantic_logits,
+            targets,
+            truth.valid,
+            truth.instance,
+            truth.real,
+            config,
+            axis_names,
+        )
+
+    weights = {key: getattr(config, key) for key in KINDS}
+    total = sum(weights[kind] * terms[key] for key, kind in _weighted(terms))
+    if config.scale_by_find_batch_size:
+        total = total * jnp.sqrt(norm.prompts)
+    return total, {**terms, "core_loss": total}
+
+
+def breakdown(terms: dict[str, jax.Array], config: LossConfig) -> dict[str, jax.Array]:
+    """The weighted contributions behind `core_loss`, grouped; they sum to it.
+
+    Keys `final/bbox`, `auxiliary/ce`, `o2m/mask`, ...: the last layer, the layers before it, and the
+    one-to-many queries of all layers, each by kind.
+    """
+    grouped: dict[str, jax.Array] = {}
+    for key, term in _weighted(terms):
+        group = "o2m" if key.endswith("_o2m") else "auxiliary" if "_aux_" in key else "final"
+        name = f"{group}/{KINDS[term]}"
+        grouped[name] = grouped.get(name, 0.0) + getattr(config, term) * terms[key]
+    # The scale by the number of prompts is one factor on everything; every part is >= 0.
+    plain = sum(grouped.values())
+    scale = jnp.where(plain > 0, terms["core_loss"] / jnp.where(plain > 0, plain, 1.0), 1.0)
+    return {name: scale * value for name, value in grouped.items()}
+
+
+def _weighted(terms: dict[str, jax.Array]) -> list[tuple[str, str]]:
+    """(key, kind) of the terms that enter the total: `loss_ce_aux_0_o2m` is of kind `loss_ce`."""
+    kinds = ((key, key.removesuffix("_o2m").split("_aux_")[0]) for key in terms)
+    return [(key, kind) for key, kind in kinds if kind in KINDS]
+
+
+def gather_truth(targets: Targets, prompt_valid: jax.Array) -> Truth:
+    """Targets of each prompt from the instances of its picture, B = I * P; invalid prompts have none."""
+    m = targets.boxes.shape[1]
+    index = (
+        targets.index if targets.index.shape[-1] else jnp.full((*targets.num_targets.shape, 1), m)
+    )
+    i, p, t = index.shape
+    valid = prompt_valid.reshape(-1)
+    count = jnp.where(prompt_valid, targets.num_targets, 0).reshape(-1)
+    real = jnp.arange(t) < count[:, None]  # [B, T]
+    # One row of nothing behind the instances, so that "none" (M) can be looked up, also where M = 0.
+    rows = jnp.clip(index, 0, m).reshape(i, p * t)
+    boxes = jnp.pad(targets.boxes.astype(jnp.float32), ((0, 0), (0, 1), (0, 0)))
+    boxes = jnp.take_along_axis(boxes, rows[..., None], axis=1).reshape(i * p, t, 4)
+    has_mask = jnp.take_along_axis(jnp.pad(targets.mask_valid, ((0, 0), (0, 1))), rows, axis=1)
+    return Truth(
+        boxes=jnp.where(real[..., None], boxes, 0.0),
+        real=real,
+        count=count.astype(jnp.int32),
+        valid=valid,
+        exhaustive=targets.is_exhaustive.reshape(-1),
+        instance=jnp.minimum(rows, max(m - 1, 0)).reshape(i * p, t),
+        has_mask=has_mask.reshape(i * p, t) & real,
+    )
+
+
+def match(outputs: Outputs, truth: Truth, config: LossConfig) -> Matches:
+    """All assignments of a step; the one-to-one problems of all layers are solved in one call."""
+    layers, _, q = outputs.o2o.logits.shape
+    stack = [outputs.o2o]
+    if outputs.o2m is not None and not config.use_o2m_matcher_on_o2m_aux:
+        chex.assert_equal_shape([outputs.o2o.logits, outputs.o2m.logits])
+        stack.append(jax.tree.map(lambda x: x[:-1], outputs.o2m.replace(mask_embed=None)))
+    logits = jnp.concatenate([d.logits for d in stack])
+    boxes = jnp.concatenate([d.boxes for d in stack])
+    cost = match_cost(logits, boxes, truth.boxes, config=config)  # [11, B, Q, T]
+    count = jnp.broadcast_to(truth.count, cost.shape[:2])
+    queries = hungarian(cost.reshape(-1, *cost.shape[2:]), count.reshape(-1))
+    queries = queries.reshape(*cost.shape[:2], -1, 1)
+    o2o, o2m = queries[:layers], None
+    if outputs.o2m is not None:
+        greedy = slice(None) if config.use_o2m_matcher_on_o2m_aux else slice(-1, None)
+        o2m = match_one_to_many(
+            outputs.o2m.logits[greedy],
+            outputs.o2m.boxes[greedy],
+            truth.boxes,
+            truth.count,
+            config=config,
+        )
+        if not config.use_o2m_matcher_on_o2m_aux:
+            width = ((0, 0), (0, 0), (0, 0), (0, o2m.shape[-1] - 1))
+            o2m = jnp.concatenate([jnp.pad(queries[layers:], width, constant_values=q), o2m])
+    return Matches(o2o, o2m)
+
+
+def _normalisers(truth: Truth, config: LossConfig, axis_names) -> Normalisers:
+    if config.normalize_by_valid_object_num:
+        targets = (truth.real & (truth.boxes[..., 2:] > 0).all(-1)).sum()
+    else:
+        targets = truth.count.sum()
+    targets = targets.astype(jnp.float32)
+    if config.normalization == "none":
+        targets = jnp.ones_like(targets)
+    elif config.normalization == "global":
+        targets = jnp.maximum(_over_devices(targets, axis_names), 1)
+    else:
+        # The mean over devices of losses normalised on each, as torch's data parallelism makes it.
+        targets = jnp.maximum(targets, 1) * (jax.lax.psum(1, axis_names) if axis_names else 1)
+    prompts = _over_devices(truth.valid.sum().astype(jnp.float32), axis_names)
+    return Normalisers(targets, jnp.maximum(prompts, 1))
+
+
+def _over_devices(x: jax.Array, axis_names) -> jax.Array:
+    return jax.lax.psum(x, axis_names) if axis_names else x
+
+
+def _box_losses(
+    detections: Detections, queries: jax.Array, truth: Truth, norm: Normalisers
+) -> dict:
+    """L1 and GIoU, summed over pairs; a query with several targets counts once for each. [L] each."""
+    q = detections.boxes.shape[2]
+    layers, pairs, t, k = queries.shape
+    rows = jnp.minimum(queries, q - 1).reshape(layers, pairs, t * k, 1)
+    boxes = jnp.take_along_axis(detections.boxes.astype(jnp.float32), rows, axis=2)
+    boxes = boxes.reshape(layers, pairs, t, k, 4)
+    wanted, matched = truth.boxes[:, :, None], queries < q
+    l1 = jnp.abs(boxes - wanted).sum(-1)  # [L, B, T, k]
+    overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+    return {
+        "loss_bbox": jnp.where(matched, l1, 0.0).sum((1, 2, 3)) / norm.targets,
+        "loss_giou": jnp.where(matched, 1 - overlap, 0.0).sum((1, 2, 3)) / norm.targets,
+    }
+
+
+def _class_losses(
+    detections: Detections,
+    queries: jax.Array,
+    truth: Truth,
+    norm: Normalisers,
+    config: LossConfig,
+    axis_names,
+) -> dict:
+    """IABCEMdetr: classification towards the quality of the box. [L] each.
+
+    Positives: BCE(x, s) * pos_weight with s = max(.01, p^alpha IoU^(1 - alpha)), detached; negatives:
+    BCE(x, 0) p^gamma, p not detached. Of several targets of one query the last one counts.
+    """
+    logits = detections.logits.astype(jnp.float32)
+    q, t = logits.shape[-1], queries.shape[2]
+    chosen = queries[:, :, None] == jnp.arange(q)[:, None, None]  # [L, B, Q, T, k]
+    winner = jnp.where(chosen.any(-1), jnp.arange(t), -1).max(-1)  # [L, B, Q]
+    positive = winner >= 0
+    wanted = jnp.take_along_axis(truth.boxes[None], jnp.maximum(winner, 0)[..., None], axis=2)
+    prob = jax.nn.sigmoid(logits)
+    quality = jax.lax.stop_gradient(prob) ** config.alpha * iou(
+        cxcywh_to_xyxy(jax.lax.stop_gradient(detections.boxes.astype(jnp.float32))),
+        cxcywh_to_xyxy(wanted),
+    ) ** (1 - config.alpha)
+    soft = jnp.where(positive, jnp.maximum(quality, 0.01), 0.0)
+    gain = (
+        focal(logits, soft, alpha=0.5, gamma=config.gamma)
+        if config.pos_focal
+        else bce(logits, soft)
+    )
+    padded = config.pad_n_queries is not None and q < config.pad_n_queries
+    gain = gain * config.pos_weight * (config.pad_scale_pos if padded else 1.0)
+    loss = jnp.where(positive, gain, bce(logits, 0.0) * power(prob, config.gamma))
+    if config.use_presence:
+        loss = jnp.where(_visible(truth)[:, None], loss, 0.0)
+    counted = jnp.broadcast_to(truth.valid[:, None], loss.shape)
+    if config.weak_loss:
+        counted &= truth.exhaustive[:, None] | positive
+        divisor = _over_devices(counted.sum((1, 2)), axis_names) + 1e-6
+    else:
+        divisor = norm.prompts * max(q, config.pad_n_queries or 0)
+    said = (prob > 0.5) & truth.valid[:, None]
+    hits, errors = (said & positive).sum((1, 2)), (said != positive).sum((1, 2))
+    f1_divisor = jnp.maximum(_over_devices(2 * hits + errors, axis_names), 1)
+    return {
+        "loss_ce": jnp.where(counted, loss, 0.0).sum((1, 2)) / divisor,
+        "ce_f1": 2 * hits / f1_divisor,
+    }
+
+
+def _visible(truth: Truth) -> jax.Array:
+    """[B]: does the prompt have a target with an area?"""
+    return (truth.real & (truth.boxes[..., 2:] > 0).all(-1)).any(-1)
+
+
+def _presence_losses(
+    logits: jax.Array, truth: Truth, norm: Normalisers, config: LossConfig
+) -> dict:
+    """Is there anything? Focal loss and accuracy, means over prompts. logits [L, B] -> [L] each."""
+    logits, wanted = logits.astype(jnp.float32), _visible(truth)
+    loss = focal(
+        logits, wanted.astype(jnp.float32), alpha=config.presence_alpha, gamma=config.presence_gamma
+    )
+    right = (jax.nn.sigmoid(logits) > 0.5) == wanted
+    return {
+        "presence_loss": jnp.where(truth.valid, loss, 0.0).sum(1) / norm.prompts,
+        "presence_dec_acc": (right & truth.valid).sum(1) / norm.prompts,
+    }
+
+
+def _mask_losses(
+    outputs: Outputs,
+    matches: Matches,
+    truth: Truth,
+    masks: jax.Array,
+    norm: Normalisers,
+    config: LossConfig,
+    point_rng: jax.Array | None,
+) -> dict:
+    """Focal and dice of the last layer's pairs, one-to-one and one-to-many."""
+    pairs, dropped = mask_pairs(outputs, matches, truth, config, point_rng)
+    groups = [outputs.o2o] if outputs.o2m is None else [outputs.o2o, outputs.o2m]
+    embed = jnp.concatenate([g.mask_embed for g in groups], axis=1)
+    if not masks.shape[1]:
+        sums = jnp.zeros((2, 2))
+    else:
+        sums = mask_sums(embed, outputs.pixel_embed, masks, pairs, config) / norm.targets
+    terms = {"loss_mask": sums[0, 0], "loss_dice": sums[0, 1]}
+    if outputs.o2m is not None:
+        terms["loss_mask_o2m"] = config.o2m_weight * sums[1, 0]
+        terms["loss_dice_o2m"] = config.o2m_weight * sums[1, 1]
+    terms["mask_pairs"] = pairs.keep.sum().astype(jnp.float32)
+    terms["mask_pairs_dropped"] = dropped.astype(jnp.float32)
+    return terms
+
+
+def mask_pairs(
+    outputs: Outputs,
+    matches: Matches,
+    truth: Truth,
+    config: LossConfig,
+    point_rng: jax.Array | None,
+) -> tuple[MaskPairs, jax.Array]:
+    """The last layer's pairs whose target has a mask, and how many `config.mask_pairs` left out.
+
+    One-to-one pairs come first: where the budget is too small, it is one-to-many pairs of the last
+    prompts that go.
+    """
+    q = outputs.o2o.logits.shape[-1]
+    found = [matches.o2o[-1]] if matches.o2m is None else [matches.o2o[-1], matches.o2m[-1]]
+    queries = jnp.concatenate(found, axis=-1)  # [B, T, 1 + k]
+    pairs, t, k = queries.shape
+    group = jnp.broadcast_to((jnp.arange(k) > 0).astype(jnp.int32), queries.shape)
+    keep = (queries < q) & truth.has_mask[..., None]
+    dropped = jnp.zeros_like(keep.sum())
+    if config.mask_pairs is not None:
+        first = keep[..., :1].reshape(-1).cumsum().reshape(pairs, t, 1)
+        then = keep[..., 1:].reshape(-1).cumsum().reshape(pairs, t, k - 1) + keep[..., :1].sum()
+        kept = keep & (jnp.concatenate([first, then], -1) <= config.mask_pairs)
+        dropped, keep = keep.sum() - kept.sum(), kept
+    key = None
+    if config.num_sample_points is not None:
+        if point_rng is None:
+            raise ValueError(
+                "num_sample_points draws random points: give compute_losses a point_rng"
+            )
+        key = _pair_keys(point_rng, queries.shape).reshape(pairs, -1)
+    flat = lambda x: x.reshape(pairs, -1)
+    return MaskPairs(
+        query=flat(jnp.minimum(queries, q - 1) + group * q),
+        instance=flat(jnp.broadcast_to(truth.instance[..., None], queries.shape)),
+        group=flat(group),
+        keep=flat(keep),
+        key=key,
+    ), dropped
+
+
+def _pair_keys(rng: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """A key for each (prompt, target, rank), the same however far the axes are padded."""
+    fold = jax.random.fold_in
+    one = lambda b, t, k: fold(fold(fold(rng, b), t), k)
+    grid = jnp.meshgrid(*(jnp.arange(n) for n in shape), indexing="ij")
+    return jax.vmap(jax.vmap(jax.vmap(one)))(*grid)
+
+
+def _last_layer(outputs: Outputs) -> Outputs:
+    last = lambda d: d if d is None else d.replace(logits=d.logits[-1:], boxes=d.boxes[-1:])
+    return outputs.replace(
+        o2o=last(outputs.o2o), o2m=last(outputs.o2m), presence_logits=outputs.presence_logits[-1:]
+    )

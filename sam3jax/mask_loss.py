@@ -1,0 +1,284 @@
+"""Mask losses: focal and dice of matched pairs, and of the semantic head. Answers to `Masks`,
+`SemanticSegCriterion` (sam3.train.loss.loss_fns) and sam3.train.loss.mask_sampling.
+
+A mask is drawn only for a query that was matched, a few at a time: prompt by prompt, the matched
+pairs are packed to the front and worked off in chunks of `mask_chunk`; a chunk draws its masks, brings
+them to the targets' size, reads its targets from the packed bits and returns sums. The backward pass
+draws each chunk again. So memory follows one chunk, time the real pairs, and neither the padding.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sam3jax.config import LossConfig
+
+
+@struct.dataclass
+class MaskPairs:
+    """Matched (query, target) pairs of each prompt whose masks are to be compared.
+
+    query [B, N] row of `embed`; instance [B, N] row of `masks`; group [B, N] 0 for one-to-one, 1 for
+    one-to-many; keep [B, N] bool; key [B, N] PRNG keys of the sampled points, or None.
+    """
+
+    query: jax.Array
+    instance: jax.Array
+    group: jax.Array
+    keep: jax.Array
+    key: jax.Array | None
+
+
+def bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Binary cross entropy with logits, elementwise; targets in 0..1."""
+    return (1 - targets) * logits - jax.nn.log_sigmoid(logits)
+
+
+def focal(logits: jax.Array, targets: jax.Array, *, alpha: float, gamma: float) -> jax.Array:
+    """Focal loss (Lin et al. 2017), elementwise; targets in 0..1; no alpha weighting if alpha < 0."""
+    wrong = jax.nn.sigmoid(logits) * (1 - targets) + jax.nn.sigmoid(-logits) * targets
+    loss = bce(logits, targets) * power(wrong, gamma)
+    return loss * (alpha * targets + (1 - alpha) * (1 - targets)) if alpha >= 0 else loss
+
+
+def dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """1 - (2 |p t| + 1) / (|p| + |t| + 1) over all axes but the first. [R, ...] -> [R]."""
+    axes = tuple(range(1, logits.ndim))
+    prob = jax.nn.sigmoid(logits)
+    overlap = (prob * targets).sum(axes)
+    return 1 - (2 * overlap + 1) / (prob.sum(axes) + targets.sum(axes) + 1)
+
+
+def power(base: jax.Array, exponent: float) -> jax.Array:
+    """base ** exponent for base >= 0, with a finite gradient at 0."""
+    if float(exponent).is_integer():
+        return jax.lax.integer_pow(base, int(exponent))
+    positive = base > 0
+    return jnp.where(positive, jnp.where(positive, base, 1.0) ** exponent, 0.0)
+
+
+def resize_bilinear(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """torch's F.interpolate(mode="bilinear", align_corners=False), no antialias. [R, Y, X] -> [R, *size].
+
+    Two products with banded matrices: the backward pass is again two products, where a gather would
+    turn into a scatter.
+    """
+    rows, columns = (interpolation(o, i) for o, i in zip(size, maps.shape[-2:]))
+    # HIGHEST: an accelerator's short float32 product would cost three digits of every mask.
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    if size[1] != maps.shape[-1]:
+        maps = product("rhw,xw->rhx", maps, columns)
+    if size[0] != maps.shape[-2]:
+        maps = product("yh,rhx->ryx", rows, maps)
+    return maps
+
+
+def interpolation(out: int, inp: int) -> np.ndarray:
+    """[out, inp] float32: row i weights the two nearest inputs, half-pixel centres, edges repeated."""
+    source = np.float32(inp / out) * (np.arange(out, dtype=np.float32) + np.float32(0.5))
+    source = np.maximum(source - np.float32(0.5), 0)
+    low = np.minimum(source.astype(np.int32), inp - 1)
+    weight = source - low
+    matrix = np.zeros((out, inp), np.float32)
+    matrix[np.arange(out), low] += 1 - weight
+    matrix[np.arange(out), np.minimum(low + 1, inp - 1)] += weight
+    return matrix
+
+
+def mask_sums(
+    embed: jax.Array, pixel_embed: jax.Array, masks: jax.Array, pairs: MaskPairs, config: LossConfig
+) -> jax.Array:
+    """Focal and dice loss summed over the kept pairs, before weights and normaliser.
+
+    embed [B, Q, D], pixel_embed [B, Y', X', D]; masks [I, M, Y, ceil(X / 8)] packed, pair b belonging
+    to image b // (B / I). Returns [2, 2]: (one-to-one, one-to-many) x (focal, dice).
+    Differentiable in embed and pixel_embed.
+    """
+    mask_width(masks, pixel_embed)
+    order = jnp.argsort(~pairs.keep, axis=1, stable=True)  # kept pairs to the front
+    pairs = jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=1), pairs)
+    short = -pairs.keep.shape[1] % config.mask_chunk
+    pairs = jax.tree.map(
+        lambda x: jnp.concatenate([x, x[:, :1].repeat(short, 1)], 1) if short else x, pairs
+    )
+    counts = pairs.keep.sum(1) if not short else pairs.keep[:, :-short].sum(1)
+    return _mask_sums(config, embed, pixel_embed, masks, pairs, counts)
+
+
+def mask_width(masks: jax.Array, pixel_embed: jax.Array) -> int:
+    """The unpadded width of packed masks, from the shape of the predictions."""
+    (y, packed), (py, px) = masks.shape[-2:], pixel_embed.shape[1:3]
+    width = y * px // py
+    if y * px % py or -(-width // 8) != packed:
+        raise ValueError(
+            f"target masks of {y} rows and {packed} packed bytes do not have the shape of predictions of "
+            f"{py} x {px}: expected ceil({y} * {px} / {py} / 8) bytes; pack rows with np.packbits(axis=-1)"
+        )
+    return width
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mask_sums(config, embed, pixel_embed, masks, pairs, counts):
+    per_prompt = len(embed) // len(masks)
+
+    def prompt(args):
+        b, embed, pixels, pairs, count = args
+
+        def body(i, sums):
+            chunk = _take_chunk(pairs, count, i, config.mask_chunk)
+            bits = masks[b // per_prompt, chunk.instance]
+            return sums + _chunk_sums(embed[chunk.query], pixels, bits, chunk, config)
+
+        # The carry starts from the inputs: a constant would not be "varying" under shard_map.
+        start = jnp.zeros((2, 2)) + _zero_like(embed, pixels, masks, count)
+        return jax.lax.fori_loop(0, _num_chunks(count, config), body, start)
+
+    index = jnp.arange(len(embed))
+    return jax.lax.map(prompt, (index, embed, pixel_embed, pairs, counts)).sum(0)
+
+
+def _mask_sums_forward(config, embed, pixel_embed, masks, pairs, counts):
+    out = _mask_sums(config, embed, pixel_embed, masks, pairs, counts)
+    return out, (embed, pixel_embed, masks, pairs, counts)
+
+
+def _mask_sums_backward(config, saved, cotangent):
+    embed, pixel_embed, masks, pairs, counts = saved
+    per_prompt = len(embed) // len(masks)
+
+    def prompt(args):
+        b, embed, pixels, pairs, count = args
+
+        def body(i, grads):
+            chunk = _take_chunk(pairs, count, i, config.mask_chunk)
+            bits = masks[b // per_prompt, chunk.instance]
+            _, pull = jax.vjp(
+                lambda e, p: _chunk_sums(e, p, bits, chunk, config), embed[chunk.query], pixels
+            )
+            d_embed, d_pixels = pull(cotangent)
+            # Sums of many chunks: in float32 whatever the model computes in.
+            return grads[0].at[chunk.query].add(d_embed.astype(jnp.float32)), grads[1] + d_pixels
+
+        zero = _zero_like(embed, pixels, masks, count) + 0 * cotangent[0, 0]
+        start = tuple(jnp.zeros(x.shape) + zero for x in (embed, pixels))
+        grads = jax.lax.fori_loop(0, _num_chunks(count, config), body, start)
+        return grads[0].astype(embed.dtype), grads[1].astype(pixels.dtype)
+
+    index = jnp.arange(len(embed))
+    grads = jax.lax.map(prompt, (index, embed, pixel_embed, pairs, counts))
+    return *grads, None, None, None
+
+
+_mask_sums.defvjp(_mask_sums_forward, _mask_sums_backward)
+
+
+def _num_chunks(count: jax.Array, config: LossConfig) -> jax.Array:
+    return (count + config.mask_chunk - 1) // config.mask_chunk
+
+
+def _take_chunk(pairs: MaskPairs, count: jax.Array, i: jax.Array, size: int) -> MaskPairs:
+    start = i * size
+    chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), pairs)
+    return chunk.replace(keep=start + jnp.arange(size) < count)
+
+
+def _zero_like(*arrays: jax.Array) -> jax.Array:
+    """A float32 0 that varies over the mesh as all of these do together."""
+    return sum(jnp.zeros_like(a.ravel()[0]).astype(jnp.float32) for a in arrays)
+
+
+def _chunk_sums(
+    embed: jax.Array, pixels: jax.Array, bits: jax.Array, chunk: MaskPairs, config: LossConfig
+) -> jax.Array:
+    """embed [R, D], pixels [Y', X', D], bits [R, Y, ceil(X / 8)] -> [2, 2], see `mask_sums`."""
+    logits = jnp.einsum("rd,yxd->ryx", embed, pixels, preferred_element_type=jnp.float32)
+    width = mask_width(bits, pixels[None])
+    if config.num_sample_points is not None:
+        points = jax.vmap(lambda key, m: uncertain_points(key, m, config))(chunk.key, logits)
+        targets = sample_bits(bits, points, width)
+        logits = sample_bilinear(logits, points)
+    elif config.mask_resolution == "prediction":
+        targets = _nearest_bits(bits, logits.shape[1:], width)
+    else:
+        targets = jnp.unpackbits(bits, axis=-1, count=width)
+        logits = resize_bilinear(logits, targets.shape[1:])
+    targets = targets.astype(jnp.float32)
+    pixelwise = focal(logits, targets, alpha=config.focal_alpha, gamma=config.focal_gamma)
+    losses = jnp.stack([pixelwise.mean(tuple(range(1, pixelwise.ndim))), dice(logits, targets)])
+    member = chunk.keep & (chunk.group == jnp.arange(2)[:, None])  # [2, R]
+    return jnp.where(member[:, None], losses, 0.0).sum(-1)
+
+
+def _nearest_bits(bits: jax.Array, size: tuple[int, int], width: int) -> jax.Array:
+    """Targets at the centres of a coarser grid. [R, Y, ceil(X / 8)] -> [R, *size]."""
+    rows, columns = (
+        np.minimum(((np.arange(o) + 0.5) * (i / o)).astype(np.int32), i - 1)
+        for o, i in zip(size, (bits.shape[1], width))
+    )
+    return jnp.unpackbits(bits[:, rows], axis=-1)[:, :, columns]
+
+
+def uncertain_points(key: jax.Array, logits: jax.Array, config: LossConfig) -> jax.Array:
+    """Where to compare a mask (PointRend, Kirillov et al. 2020): [num_sample_points, 2], x y in 0..1.
+
+    logits [Y, X]. Of num_sample_points * oversample_ratio random points the importance_sample_ratio
+    share nearest to the contour, the rest random.
+    """
+    candidates, others = point_coordinates(key, config)
+    sampled = sample_bilinear(jax.lax.stop_gradient(logits)[None], candidates[None])[0]
+    count = config.num_sample_points - len(others)
+    _, nearest = jax.lax.top_k(-jnp.abs(sampled), count)
+    return jnp.concatenate([candidates[nearest], others])
+
+
+def point_coordinates(key: jax.Array, config: LossConfig) -> tuple[jax.Array, jax.Array]:
+    """The random points of one pair: candidates [.., 2] and those kept regardless [.., 2]."""
+    uncertain = int(config.importance_sample_ratio * config.num_sample_points)
+    candidates = int(config.num_sample_points * config.oversample_ratio)
+    first, second = jax.random.split(key)
+    return (
+        jax.random.uniform(first, (candidates, 2)),
+        jax.random.uniform(second, (config.num_sample_points - uncertain, 2)),
+    )
+
+
+def sample_bilinear(maps: jax.Array, points: jax.Array) -> jax.Array:
+    """torch's F.grid_sample(align_corners=False) at points in 0..1, zero outside.
+
+    maps [R, Y, X], points [R, N, 2] (x, y) -> [R, N].
+    """
+    y, x = maps.shape[-2:]
+    return _bilinear_taps(points, x, y, lambda r, row, column: maps[r, row, column])
+
+
+def sample_bits(bits: jax.Array, points: jax.Array, width: int) -> jax.Array:
+    """`sample_bilinear` of packed masks. bits [R, Y, ceil(X / 8)], points [R, N, 2] -> [R, N]."""
+
+    def tap(r, row, column):
+        return (bits[r, row, column // 8] >> (7 - column % 8).astype(jnp.uint8)) & 1
+
+    return _bilinear_taps(points, width, bits.shape[-2], tap)
+
+
+def _bilinear_taps(points: jax.Array, x: int, y: int, tap) -> jax.Array:
+    place = points * jnp.array([x, y], jnp.float32) - 0.5
+    corner = jnp.floor(place)
+    fraction = place - corner
+    pair = jnp.arange(len(points))[:, None]
+    total = 0.0
+    for dx in (0, 1):
+        for dy in (0, 1):
+            column, row = (
+                corner[..., 0].astype(jnp.int32) + dx,
+                corner[..., 1].astype(jnp.int32) + dy,
+            )
+            inside = (column >= 0) & (column < x) & (row >= 0) & (row < y)
+            weight = jnp.abs(1 - dx - fraction[..., 0]) * jnp.abs(1 - dy - fraction[..., 1])
+            value = tap(pair, jnp.clip(row, 0, y - 1), jnp.clip(column, 0, x - 1))
+            total += jnp.where(inside, weight, 0.0) * value
+    return total
