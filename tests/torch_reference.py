@@ -2,7 +2,7 @@
 
 Needs: pip install sam3==0.1.4 torch torchvision torchmetrics einops scipy pycocotools open_clip_torch "setuptools<81".
 Self-check: `python torch_reference.py` builds two sizes, takes one training step on each and lists the parameters that reach no output.
-Free to be taken into tests/ and changed there; the `sam3` package itself is only ever imported.
+The `sam3` package is only ever imported, never copied.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class OnCpu(TorchFunctionMode):
 OnCpu().__enter__()
 
 import open_clip  # noqa: E402  (only for the vocabulary file that it ships)
-from sam3.model.box_ops import box_cxcywh_to_xyxy  # noqa: E402
 from sam3.model.data_misc import BatchedDatapoint, BatchedFindTarget, FindStage  # noqa: E402
 from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer  # noqa: E402
 from sam3.model.encoder import TransformerEncoderFusion, TransformerEncoderLayer  # noqa: E402
@@ -46,7 +45,7 @@ from sam3.model.model_misc import (
     DotProductScoring,
     MultiheadAttentionWrapper,
     TransformerWrapper,
-)  # noqa: E402
+)
 from sam3.model.necks import Sam3DualViTDetNeck  # noqa: E402
 from sam3.model.position_encoding import PositionEmbeddingSine  # noqa: E402
 from sam3.model.sam3_image import Sam3Image  # noqa: E402
@@ -101,6 +100,27 @@ WIDE = Size(
     heads=8,
     decoder_layers=6,
     queries=14,
+)
+NARROW = Size(
+    image=84,
+    pretrain_image=42,
+    window=3,
+    vit_dim=40,
+    vit_depth=2,
+    vit_heads=2,
+    vit_global=(1,),
+    mlp_ratio=4.0,
+    dim=48,
+    ffn=56,
+    heads=2,
+    fusion_layers=1,
+    decoder_layers=2,
+    geometry_layers=1,
+    queries=9,
+    text_dim=24,
+    text_layers=1,
+    text_heads=2,
+    text_length=16,
 )
 PUBLISHED = Size(
     1008,
@@ -467,31 +487,40 @@ OUTPUTS = (
     "pred_masks_o2m",
 )
 WATCHED = (
-    "backbone.vision_backbone.trunk",
-    "backbone.vision_backbone",
-    "backbone.language_backbone",
-    "geometry_encoder",
-    "transformer.encoder",
-    "transformer.decoder",
-    "segmentation_head.pixel_decoder",
-    "segmentation_head",
-    "dot_prod_scoring",
-)
+    "backbone.vision_backbone.trunk", *(f"backbone.vision_backbone.convs.{i}" for i in range(3)), "backbone.language_backbone",
+    "geometry_encoder", "transformer.encoder", "transformer.decoder", "segmentation_head", "dot_prod_scoring",
+)  # fmt: skip
+
+
+def _snapshot(x):
+    """Containers copied, tensors kept: the package changes its lists in place."""
+    if isinstance(x, dict):
+        return {k: _snapshot(v) for k, v in x.items()}
+    return type(x)(_snapshot(v) for v in x) if type(x) in (list, tuple) else x
 
 
 def forward(model: Sam3Image, e: dict, train: bool) -> tuple[dict, dict]:
     """Run the detector. Returns (out, inside): `out` is the package's own dict (with aux_outputs and *_o2m in train mode, gradients attached);
-    `inside` maps each module named in WATCHED to what it returned."""
+    `inside` maps each module named in WATCHED to (args, kwargs, what it returned)."""
     model.train(train)
     inside: dict = {}
     modules = dict(model.named_modules())
-    hooks = [
-        modules[n].register_forward_hook(lambda _m, _i, o, n=n: inside.__setitem__(n, o))
-        for n in WATCHED
-        if n in modules
-    ]
+    given: dict = {}
+
+    def before(name):
+        return lambda _module, args, kwargs: given.__setitem__(
+            name, (_snapshot(args), _snapshot(kwargs))
+        )
+
+    def after(name):
+        return lambda _module, _args, _kwargs, out: inside.__setitem__(
+            name, (*given[name], _snapshot(out))
+        )
+
+    hooks = [modules[n].register_forward_pre_hook(before(n), with_kwargs=True) for n in WATCHED]
+    hooks += [modules[n].register_forward_hook(after(n), with_kwargs=True) for n in WATCHED]
     try:
-        stage = list(model(_datapoint(e)[0]))[0]
+        stage = next(iter(model(_datapoint(e)[0])))
     finally:
         for hook in hooks:
             hook.remove()
