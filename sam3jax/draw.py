@@ -1,0 +1,337 @@
+"""Everything that is drawn: overlays, panels of truth beside prediction, curves.
+
+Readable on any background: each outline has a dark and a bright line, each label a plate of its own.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from pycocotools import mask as coco_mask
+
+from sam3jax.data.coco import ImageRecord, decode_mask
+from sam3jax.data.pictures import open_rgb
+
+Box = tuple[float, float, float, float]
+Colour = tuple[int, int, int]
+
+# Far apart in hue and lightness, first ones first; after these, hues by the golden ratio.
+_PALETTE: tuple[Colour, ...] = (
+    (255, 64, 64), (0, 190, 255), (255, 210, 0), (60, 210, 80), (215, 90, 255), (255, 140, 20),
+    (0, 225, 190), (255, 120, 190), (110, 120, 255), (175, 225, 0), (200, 130, 80), (160, 200, 255),
+)  # fmt: skip
+_INK, _PAPER = (20, 20, 24), (250, 250, 250)
+_FILL = 0.4
+_CROWD = 60  # instances above which lines are thin
+_LABEL_SHARE = 0.15  # of the picture that labels may hide at most
+
+
+@dataclass(frozen=True)
+class Instance:
+    """Something to draw: box left, top, right, bottom in pixels; mask COCO RLE, [Y, X] bool or None."""
+
+    label: str
+    box: Box
+    mask: Mapping[str, Any] | np.ndarray | None = None
+    score: float | None = None
+
+    @property
+    def text(self) -> str:
+        return self.label if self.score is None else f"{self.label} {self.score:.2f}".strip()
+
+
+def colour(number: int) -> Colour:
+    """The colour of the number-th instance of a picture."""
+    if number < len(_PALETTE):
+        return _PALETTE[number]
+    hue = number * 0.618034 % 1
+    red, green, blue = colorsys.hls_to_rgb(hue, (0.45, 0.6, 0.72)[number % 3], 0.85)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def overlay(
+    picture: Image.Image | np.ndarray,
+    instances: Sequence[Instance],
+    *,
+    smallest: int = 480,
+    largest: int = 2048,
+) -> Image.Image:
+    """The picture with masks, outlines, boxes and labels.
+
+    Drawn at the picture's own size where its longer edge lies between `smallest` and `largest`
+    pixels, else scaled to that. The first instances get labels first; in a crowd the last get none.
+    """
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    longer = max(image.size)
+    scale = min(max(longer, smallest), largest) / longer
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else 3)
+    image = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    line = 1 if len(instances) > _CROWD else max(2, round(max(size) / 500))
+    order = _largest_first(instances)
+    for k in order:
+        _paint_mask(image, instances[k].mask, colour(k), line)
+    boxes = [tuple(float(v) * scale for v in instance.box) for instance in instances]
+    pen = ImageDraw.Draw(image)
+    for k in order:
+        _paint_box(pen, boxes[k], colour(k), line)
+    _paint_labels(
+        pen, size, [(i.text, b, colour(k)) for k, (i, b) in enumerate(zip(instances, boxes))]
+    )
+    return image
+
+
+def panel(
+    picture: Image.Image | np.ndarray,
+    truth: Sequence[Instance],
+    prediction: Sequence[Instance],
+    *,
+    title: str = "",
+    height: int = 360,
+) -> Image.Image:
+    """picture | truth | prediction, with captions."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    # Drawn at the final size: labels that are shrunk cannot be read.
+    longer = round(height * max(1.0, image.width / image.height))
+    draw = functools.partial(overlay, image, smallest=longer, largest=longer)
+    parts = [("picture", draw(())), (f"truth: {len(truth)}", draw(truth))]
+    parts.append((f"prediction: {len(prediction)}", draw(prediction)))
+    return row(parts, title=title, height=height)
+
+
+def row(
+    parts: Sequence[tuple[str, Image.Image]], *, title: str = "", height: int = 360
+) -> Image.Image:
+    """Pictures side by side at one height, each under its caption, all under a title."""
+    gap, bar = 6, 24
+    shrunk = [
+        image.resize(
+            (max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS
+        )
+        for _, image in parts
+    ]
+    top = bar * (2 if title else 1)
+    width = sum(image.width for image in shrunk) + gap * (len(parts) - 1)
+    sheet = Image.new("RGB", (width, height + top), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    if title:
+        _text_within(pen, (4, 3), title, width - 8, font(15))
+    left = 0
+    for (caption, _), image in zip(parts, shrunk):
+        _text_within(pen, (left + 4, top - bar + 4), caption, image.width - 8, font(14))
+        sheet.paste(image, (left, top))
+        left += image.width + gap
+    return sheet
+
+
+def true_instances(record: ImageRecord, names: Mapping[int, str]) -> list[Instance]:
+    """The annotations of a picture, crowds left out."""
+    instances = []
+    for a in record.annotations:
+        x, y, w, h = a.bbox
+        if not a.iscrowd:
+            mask = (
+                decode_mask(a, record.height, record.width) if a.segmentation is not None else None
+            )
+            instances.append(Instance(names[a.category_id], (x, y, x + w, y + h), mask))
+    return instances
+
+
+def found_instances(
+    results: Sequence[Mapping[str, Any]], names: Mapping[int, str], threshold: float
+) -> list[Instance]:
+    """COCO results of one picture above a score, strongest first."""
+    instances = []
+    for result in sorted(results, key=lambda r: -r["score"]):
+        if result["score"] > threshold:
+            x, y, w, h = result["bbox"]
+            box = (x, y, x + w, y + h)
+            name = names.get(result["category_id"], str(result["category_id"]))
+            instances.append(Instance(name, box, result.get("segmentation"), result["score"]))
+    return instances
+
+
+def dataset_panel(
+    record: ImageRecord,
+    results: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str],
+    *,
+    threshold: float = 0.5,
+    title: str | None = None,
+    height: int = 360,
+) -> Image.Image:
+    """A panel of a picture of a data set; `results`: COCO results, of this picture or of all."""
+    here = [r for r in results if r["image_id"] == record.id]
+    return panel(
+        open_rgb(record.file, (record.width, record.height)),
+        true_instances(record, names),
+        found_instances(here, names, threshold),
+        title=Path(record.file).name if title is None else title,
+        height=height,
+    )
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    logarithmic: bool = False,
+    unit: str = "",
+) -> str:
+    """An inline SVG of (step, value) lines that scales with the page and inherits its text colour."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}):
+        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for k, (name, points) in enumerate(series.items()):
+            steps, values = zip(*points) if points else ((), ())
+            mark = "o" if len(points) < 25 else None
+            shade = tuple(c / 255 * 0.85 for c in colour(k))
+            axes.plot(
+                steps, values, label=name, color=shade, linewidth=1.4, marker=mark, markersize=3
+            )
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        positive = [v for points in series.values() for _, v in points if v > 0]
+        if logarithmic and positive:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axes.legend(fontsize=7.5, frameon=False, ncols=2 if len(series) > 4 else 1)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib ships: Latin, Greek, Cyrillic, on every machine the same."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _largest_first(instances: Sequence[Instance]) -> list[int]:
+    """Drawing order: small things on top of large ones."""
+
+    def area(k: int) -> float:
+        left, top, right, bottom = instances[k].box
+        return -(right - left) * (bottom - top)
+
+    return sorted(range(len(instances)), key=area)
+
+
+def _paint_mask(image: Image.Image, mask: Any, shade: Colour, line: int) -> None:
+    """Fill and outline in place; works on the mask's own rectangle only."""
+    if mask is None:
+        return
+    pixels = coco_mask.decode(_bytes(mask)) if isinstance(mask, Mapping) else np.asarray(mask)
+    if not pixels.any():
+        return
+    whole = Image.fromarray(pixels.astype(np.uint8) * 255)
+    if whole.size != image.size:
+        whole = whole.resize(image.size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
+    extent = whole.getbbox()
+    if extent is None:
+        return
+    margin = 3 * line
+    frame = (
+        max(0, extent[0] - margin), max(0, extent[1] - margin),
+        min(image.width, extent[2] + margin), min(image.height, extent[3] + margin),
+    )  # fmt: skip
+    shape, patch = whole.crop(frame), image.crop(frame)
+    fill = Image.blend(patch, Image.new("RGB", patch.size, shade), _FILL)
+    patch.paste(fill, mask=shape)
+    inner = shape.filter(ImageFilter.MinFilter(2 * line + 1))
+    outer = shape.filter(ImageFilter.MaxFilter(2 * line + 1))
+    patch.paste(_INK, mask=ImageChops.subtract(outer, shape))
+    patch.paste(shade, mask=ImageChops.subtract(shape, inner))
+    image.paste(patch, frame[:2])
+
+
+def _paint_box(pen: ImageDraw.ImageDraw, box: Box, shade: Colour, line: int) -> None:
+    left, top, right, bottom = box
+    if right - left < 1 or bottom - top < 1:
+        return
+    pen.rectangle((left - line, top - line, right + line, bottom + line), outline=_INK, width=line)
+    pen.rectangle(box, outline=shade, width=line)
+
+
+def _paint_labels(
+    pen: ImageDraw.ImageDraw, size: tuple[int, int], labels: Sequence[tuple[str, Box, Colour]]
+) -> None:
+    """Each label on a plate in its instance's colour, at the first free place around its box."""
+    face = font(max(12, min(26, round(max(size) / 55))))
+    taken: list[Box] = []
+    room = _LABEL_SHARE * size[0] * size[1]
+    for text, box, shade in labels:
+        if not text or room < 0:
+            continue
+        text = _shorten(text, size[0] / 2, face)
+        width = pen.textlength(text, font=face) + 8
+        height = sum(face.getmetrics()) + 2
+        place = _free_place(box, width, height, size, taken)
+        if place is None:
+            continue
+        taken.append((place[0], place[1], place[0] + width, place[1] + height))
+        room -= width * height
+        pen.rectangle(taken[-1], fill=shade, outline=_INK)
+        red, green, blue = shade
+        ink = _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else _PAPER
+        pen.text((place[0] + 4, place[1] + 1), text, fill=ink, font=face)
+
+
+def _free_place(
+    box: Box, width: float, height: float, size: tuple[int, int], taken: Sequence[Box]
+) -> tuple[float, float] | None:
+    left, top, right, bottom = box
+    places = [
+        (left, top - height), (left, top), (left, bottom), (left, bottom - height),
+        (right - width, top - height), (right - width, bottom), (right, top),
+        (left, (top + bottom - height) / 2), (left - width, top),
+    ]  # fmt: skip
+    for x, y in places:
+        x = min(max(0.0, x), max(0.0, size[0] - width - 1))
+        y = min(max(0.0, y), max(0.0, size[1] - height - 1))
+        if not any(
+            x < other[2] and x + width > other[0] and y < other[3] and y + height > other[1]
+            for other in taken
+        ):
+            return x, y
+    return None
+
+
+def _text_within(
+    pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: float, face: Any
+) -> None:
+    pen.text(at, _shorten(text, width, face), fill=_INK, font=face)
+
+
+def _shorten(text: str, width: float, face: Any) -> str:
+    """The text, its middle left out where it is wider than `width` pixels."""
+    text = " ".join(text.split())
+    if face.getlength(text) <= width:
+        return text
+    keep = len(text)
+    while keep > 2 and face.getlength(f"{text[: keep // 2]}…{text[-(keep // 2) :]}") > width:
+        keep -= 1
+    return f"{text[: keep // 2]}…{text[-(keep // 2) :]}"
+
+
+def _bytes(rle: Mapping[str, Any]) -> dict[str, Any]:
+    counts = rle["counts"]
+    return {"size": rle["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
