@@ -268,7 +268,11 @@ class DataConfig(_Section):
         description="smallest random edge, pixels; the rest is padded. None: no random size",
     )
     workers: int = Field(0, ge=0, description="loader processes; 0: in the main process")
-    shapes_seed: int = 0
+    shapes_concepts: Literal["basic", "seen", "combinations", "new", "all"] = Field(
+        "basic", description="phrases of the generated data, see sam3jax/data/shapes.py"
+    )
+    shapes_size: int = Field(256, ge=64, description="longer edge of generated pictures, pixels")
+    shapes_seed: int = Field(0, ge=0)
     shapes_train: int = Field(2000, ge=1, description="generated training pictures")
     shapes_valid: int = Field(100, ge=1, description="generated validation pictures")
 

@@ -54,8 +54,8 @@ def read_segmentation(
     if right <= 0 or bottom <= 0 or left >= width or top >= height:
         problems["mask left out: outside the picture"] += 1
         return None, None, 0.0
-    extent = (float(left), float(top), float(right), float(bottom))
-    return polygons, extent, sum(_shoelace(p) for p in polygons)
+    extent = (max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height))
+    return polygons, tuple(map(float, extent)), sum(_shoelace(p) for p in polygons)
 
 
 def _polygon(part: Any, width: int, height: int, problems: Counter[str]) -> np.ndarray | None:
