@@ -1,10 +1,11 @@
-"""THE table: every tensor of the published detector and the place of it in the Flax tree.
+"""THE table: every tensor of the published detector, its name in transformers and its place in Flax.
 
 Names on the left are per layer, as in the checkpoint behind `detector.`; `{block}` numbers the ViT's
-blocks and `{layer}` the layers of a stack. Paths on the right are where the array lies; blocks and
-layers of a stack share one array and take a slot of it. The kind says how tensors are named and
-turned (torch [out, in] -> kernel [in, out], and so on). LoRA targets, trainable parameters and
-layer decay are matched against the same per-layer names. Nothing here needs torch.
+blocks and `{layer}` the layers of a stack. In the middle, the same in transformers' `Sam3Model`, which
+holds q, k and v apart. Paths on the right are where the array lies in the Flax tree; blocks and layers
+of a stack share one array and take a slot of it. The kind says how tensors are named and turned (torch
+[out, in] -> kernel [in, out], and so on). LoRA targets, trainable parameters and layer decay are
+matched against the official per-layer names. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -20,86 +21,122 @@ from sam3jax.config import ModelConfig
 VIT, TEXT = "backbone.vision_backbone.trunk", "backbone.language_backbone"
 NECK, HEAD = "backbone.vision_backbone.convs", "segmentation_head"
 GEOMETRY, FUSION, DECODER = "geometry_encoder", "transformer.encoder", "transformer.decoder"
+# The same parts in transformers.
+_VIT, _NECK = "vision_encoder.backbone", "vision_encoder.neck.fpn_layers"
+_TEXT, _DECODER, _HEAD, _SCORE = (
+    "text_encoder.text_model",
+    "detr_decoder",
+    "mask_decoder",
+    "dot_product_scoring",
+)
 
-# name in torch, path in Flax, kind
-TABLE: tuple[tuple[str, str, str], ...] = (
-    (f"{VIT}.pos_embed", "vit/pos_embed", "same"),
-    (f"{VIT}.patch_embed.proj", "vit/patch_embed", "patch"),
-    (f"{VIT}.ln_pre", "vit/ln_pre", "norm"),
-    (f"{VIT}.blocks.{{block}}.norm1", "vit/stages/{block}/norm1", "norm"),
-    (f"{VIT}.blocks.{{block}}.attn.qkv", "vit/stages/{block}/attn/qkv", "linear"),
-    (f"{VIT}.blocks.{{block}}.attn.proj", "vit/stages/{block}/attn/proj", "linear"),
-    (f"{VIT}.blocks.{{block}}.norm2", "vit/stages/{block}/norm2", "norm"),
-    (f"{VIT}.blocks.{{block}}.mlp.fc1", "vit/stages/{block}/mlp/fc1", "linear"),
-    (f"{VIT}.blocks.{{block}}.mlp.fc2", "vit/stages/{block}/mlp/fc2", "linear"),
-    (f"{NECK}.0.dconv_2x2_0", "neck/convs_0_dconv_2x2_0", "upsample"),
-    (f"{NECK}.0.dconv_2x2_1", "neck/convs_0_dconv_2x2_1", "upsample"),
-    (f"{NECK}.0.conv_1x1", "neck/convs_0_conv_1x1", "conv"),
-    (f"{NECK}.0.conv_3x3", "neck/convs_0_conv_3x3", "conv"),
-    (f"{NECK}.1.dconv_2x2", "neck/convs_1_dconv_2x2", "upsample"),
-    (f"{NECK}.1.conv_1x1", "neck/convs_1_conv_1x1", "conv"),
-    (f"{NECK}.1.conv_3x3", "neck/convs_1_conv_3x3", "conv"),
-    (f"{NECK}.2.conv_1x1", "neck/convs_2_conv_1x1", "conv"),
-    (f"{NECK}.2.conv_3x3", "neck/convs_2_conv_3x3", "conv"),
-    (f"{TEXT}.encoder.token_embedding.weight", "text_encoder/token_embedding", "same"),
-    (f"{TEXT}.encoder.positional_embedding", "text_encoder/positional_embedding", "same"),
-    (f"{TEXT}.encoder.transformer.resblocks.{{layer}}.ln_1", "text_encoder/resblocks/ln_1", "norm"),
-    (f"{TEXT}.encoder.transformer.resblocks.{{layer}}.attn", "text_encoder/resblocks/attn", "attention"),
-    (f"{TEXT}.encoder.transformer.resblocks.{{layer}}.ln_2", "text_encoder/resblocks/ln_2", "norm"),
-    (f"{TEXT}.encoder.transformer.resblocks.{{layer}}.mlp.c_fc", "text_encoder/resblocks/c_fc", "linear"),
-    (f"{TEXT}.encoder.transformer.resblocks.{{layer}}.mlp.c_proj", "text_encoder/resblocks/c_proj", "linear"),
-    (f"{TEXT}.encoder.ln_final", "text_encoder/ln_final", "norm"),
-    (f"{TEXT}.resizer", "text_encoder/resizer", "linear"),
-    (f"{GEOMETRY}.label_embed.weight", "geometry_encoder/label_embed", "same"),
-    (f"{GEOMETRY}.cls_embed.weight", "geometry_encoder/cls_embed", "same"),
-    (f"{GEOMETRY}.boxes_direct_project", "geometry_encoder/boxes_direct_project", "linear"),
-    (f"{GEOMETRY}.boxes_pool_project", "geometry_encoder/boxes_pool_project", "conv"),
-    (f"{GEOMETRY}.boxes_pos_enc_project", "geometry_encoder/boxes_pos_enc_project", "linear"),
-    (f"{GEOMETRY}.final_proj", "geometry_encoder/final_proj", "linear"),
-    (f"{GEOMETRY}.norm", "geometry_encoder/norm", "norm"),
-    (f"{GEOMETRY}.img_pre_norm", "geometry_encoder/img_pre_norm", "norm"),
-    (f"{GEOMETRY}.encode.{{layer}}", "geometry_encoder/encode", "encoder_layer"),
-    (f"{GEOMETRY}.encode_norm", "geometry_encoder/encode_norm", "norm"),
-    (f"{FUSION}.layers.{{layer}}", "fusion_encoder/layers", "encoder_layer"),
-    (f"{DECODER}.layers.{{layer}}", "decoder/layers_{layer}", "decoder_layer"),
-    (f"{DECODER}.norm", "decoder/norm", "norm"),
-    (f"{DECODER}.bbox_embed", "decoder/bbox_embed", "mlp3"),
-    (f"{DECODER}.query_embed.weight", "decoder/query_embed", "same"),
-    (f"{DECODER}.reference_points.weight", "decoder/reference_points", "same"),
-    (f"{DECODER}.boxRPB_embed_x", "decoder/boxRPB_embed_x", "mlp2"),
-    (f"{DECODER}.boxRPB_embed_y", "decoder/boxRPB_embed_y", "mlp2"),
-    (f"{DECODER}.presence_token.weight", "decoder/presence_token", "same"),
-    (f"{DECODER}.presence_token_head", "decoder/presence_token_head", "mlp3"),
-    (f"{DECODER}.presence_token_out_norm", "decoder/presence_token_out_norm", "norm"),
-    (f"{DECODER}.ref_point_head", "decoder/ref_point_head", "mlp2"),
-    (f"{HEAD}.pixel_decoder.conv_layers.0", f"{HEAD}/pixel_decoder/conv_layers_0", "conv"),
-    (f"{HEAD}.pixel_decoder.conv_layers.1", f"{HEAD}/pixel_decoder/conv_layers_1", "conv"),
-    (f"{HEAD}.pixel_decoder.norms.0", f"{HEAD}/pixel_decoder/norms_0", "norm"),
-    (f"{HEAD}.pixel_decoder.norms.1", f"{HEAD}/pixel_decoder/norms_1", "norm"),
-    (f"{HEAD}.mask_predictor.mask_embed", f"{HEAD}/mask_embed", "mlp3"),
-    (f"{HEAD}.cross_attend_prompt", f"{HEAD}/cross_attend_prompt", "attention"),
-    (f"{HEAD}.cross_attn_norm", f"{HEAD}/cross_attn_norm", "norm"),
-    (f"{HEAD}.semantic_seg_head", f"{HEAD}/semantic_seg_head", "conv"),
-    (f"{HEAD}.instance_seg_head", f"{HEAD}/instance_seg_head", "conv"),
-    ("dot_prod_scoring.prompt_mlp", "scoring/prompt_mlp", "mlp2"),
-    ("dot_prod_scoring.prompt_mlp.out_norm", "scoring/prompt_mlp/out_norm", "norm"),
-    ("dot_prod_scoring.prompt_proj", "scoring/prompt_proj", "linear"),
-    ("dot_prod_scoring.hs_proj", "scoring/hs_proj", "linear"),
+PROJECTION = 512  # width of CLIP's joint space, of the text_projection that nothing uses
+
+# name in torch, name in transformers, path in Flax, kind
+TABLE: tuple[tuple[str, str, str, str], ...] = (
+    (f"{VIT}.pos_embed", f"{_VIT}.embeddings.position_embeddings", "vit/pos_embed", "positions"),
+    (f"{VIT}.patch_embed.proj", f"{_VIT}.embeddings.patch_embeddings.projection", "vit/patch_embed", "patch"),
+    (f"{VIT}.ln_pre", f"{_VIT}.layer_norm", "vit/ln_pre", "norm"),
+    (f"{VIT}.blocks.{{block}}.norm1", f"{_VIT}.layers.{{block}}.layer_norm1", "vit/stages/{block}/norm1", "norm"),
+    (f"{VIT}.blocks.{{block}}.attn.qkv", f"{_VIT}.layers.{{block}}.attention", "vit/stages/{block}/attn/qkv", "qkv"),
+    (f"{VIT}.blocks.{{block}}.attn.proj", f"{_VIT}.layers.{{block}}.attention.o_proj", "vit/stages/{block}/attn/proj", "linear"),
+    (f"{VIT}.blocks.{{block}}.norm2", f"{_VIT}.layers.{{block}}.layer_norm2", "vit/stages/{block}/norm2", "norm"),
+    (f"{VIT}.blocks.{{block}}.mlp.fc1", f"{_VIT}.layers.{{block}}.mlp.fc1", "vit/stages/{block}/mlp/fc1", "linear"),
+    (f"{VIT}.blocks.{{block}}.mlp.fc2", f"{_VIT}.layers.{{block}}.mlp.fc2", "vit/stages/{block}/mlp/fc2", "linear"),
+    (f"{NECK}.0.dconv_2x2_0", f"{_NECK}.0.scale_layers.0", "neck/convs_0_dconv_2x2_0", "upsample"),
+    (f"{NECK}.0.dconv_2x2_1", f"{_NECK}.0.scale_layers.2", "neck/convs_0_dconv_2x2_1", "upsample"),
+    (f"{NECK}.0.conv_1x1", f"{_NECK}.0.proj1", "neck/convs_0_conv_1x1", "conv"),
+    (f"{NECK}.0.conv_3x3", f"{_NECK}.0.proj2", "neck/convs_0_conv_3x3", "conv"),
+    (f"{NECK}.1.dconv_2x2", f"{_NECK}.1.scale_layers.0", "neck/convs_1_dconv_2x2", "upsample"),
+    (f"{NECK}.1.conv_1x1", f"{_NECK}.1.proj1", "neck/convs_1_conv_1x1", "conv"),
+    (f"{NECK}.1.conv_3x3", f"{_NECK}.1.proj2", "neck/convs_1_conv_3x3", "conv"),
+    (f"{NECK}.2.conv_1x1", f"{_NECK}.2.proj1", "neck/convs_2_conv_1x1", "conv"),
+    (f"{NECK}.2.conv_3x3", f"{_NECK}.2.proj2", "neck/convs_2_conv_3x3", "conv"),
+    (f"{TEXT}.encoder.token_embedding.weight", f"{_TEXT}.embeddings.token_embedding.weight", "text_encoder/token_embedding", "same"),
+    (f"{TEXT}.encoder.positional_embedding", f"{_TEXT}.embeddings.position_embedding.weight", "text_encoder/positional_embedding", "same"),
+    (f"{TEXT}.encoder.transformer.resblocks.{{layer}}", f"{_TEXT}.encoder.layers.{{layer}}", "text_encoder/resblocks", "text_layer"),
+    (f"{TEXT}.encoder.ln_final", f"{_TEXT}.final_layer_norm", "text_encoder/ln_final", "norm"),
+    (f"{TEXT}.resizer", "text_projection", "text_encoder/resizer", "linear"),
+    (f"{GEOMETRY}.label_embed.weight", f"{GEOMETRY}.label_embed.weight", "geometry_encoder/label_embed", "same"),
+    (f"{GEOMETRY}.cls_embed.weight", f"{GEOMETRY}.cls_embed.weight", "geometry_encoder/cls_embed", "same"),
+    (f"{GEOMETRY}.boxes_direct_project", f"{GEOMETRY}.boxes_direct_project", "geometry_encoder/boxes_direct_project", "linear"),
+    (f"{GEOMETRY}.boxes_pool_project", f"{GEOMETRY}.boxes_pool_project", "geometry_encoder/boxes_pool_project", "conv"),
+    (f"{GEOMETRY}.boxes_pos_enc_project", f"{GEOMETRY}.boxes_pos_enc_project", "geometry_encoder/boxes_pos_enc_project", "linear"),
+    (f"{GEOMETRY}.final_proj", f"{GEOMETRY}.final_proj", "geometry_encoder/final_proj", "linear"),
+    (f"{GEOMETRY}.norm", f"{GEOMETRY}.prompt_layer_norm", "geometry_encoder/norm", "norm"),
+    (f"{GEOMETRY}.img_pre_norm", f"{GEOMETRY}.vision_layer_norm", "geometry_encoder/img_pre_norm", "norm"),
+    (f"{GEOMETRY}.encode.{{layer}}", f"{GEOMETRY}.layers.{{layer}}", "geometry_encoder/encode", "encoder_layer"),
+    (f"{GEOMETRY}.encode_norm", f"{GEOMETRY}.output_layer_norm", "geometry_encoder/encode_norm", "norm"),
+    (f"{FUSION}.layers.{{layer}}", "detr_encoder.layers.{layer}", "fusion_encoder/layers", "encoder_layer"),
+    (f"{DECODER}.layers.{{layer}}", f"{_DECODER}.layers.{{layer}}", "decoder/layers_{layer}", "decoder_layer"),
+    (f"{DECODER}.norm", f"{_DECODER}.output_layer_norm", "decoder/norm", "norm"),
+    (f"{DECODER}.bbox_embed", f"{_DECODER}.box_head", "decoder/bbox_embed", "mlp3"),
+    (f"{DECODER}.query_embed.weight", f"{_DECODER}.query_embed.weight", "decoder/query_embed", "same"),
+    (f"{DECODER}.reference_points.weight", f"{_DECODER}.reference_points.weight", "decoder/reference_points", "same"),
+    (f"{DECODER}.boxRPB_embed_x", f"{_DECODER}.box_rpb_embed_x", "decoder/boxRPB_embed_x", "mlp2"),
+    (f"{DECODER}.boxRPB_embed_y", f"{_DECODER}.box_rpb_embed_y", "decoder/boxRPB_embed_y", "mlp2"),
+    (f"{DECODER}.presence_token.weight", f"{_DECODER}.presence_token.weight", "decoder/presence_token", "same"),
+    (f"{DECODER}.presence_token_head", f"{_DECODER}.presence_head", "decoder/presence_token_head", "mlp3"),
+    (f"{DECODER}.presence_token_out_norm", f"{_DECODER}.presence_layer_norm", "decoder/presence_token_out_norm", "norm"),
+    (f"{DECODER}.ref_point_head", f"{_DECODER}.ref_point_head", "decoder/ref_point_head", "mlp2"),
+    (f"{HEAD}.pixel_decoder.conv_layers.0", f"{_HEAD}.pixel_decoder.conv_layers.0", f"{HEAD}/pixel_decoder/conv_layers_0", "conv"),
+    (f"{HEAD}.pixel_decoder.conv_layers.1", f"{_HEAD}.pixel_decoder.conv_layers.1", f"{HEAD}/pixel_decoder/conv_layers_1", "conv"),
+    (f"{HEAD}.pixel_decoder.norms.0", f"{_HEAD}.pixel_decoder.norms.0", f"{HEAD}/pixel_decoder/norms_0", "norm"),
+    (f"{HEAD}.pixel_decoder.norms.1", f"{_HEAD}.pixel_decoder.norms.1", f"{HEAD}/pixel_decoder/norms_1", "norm"),
+    (f"{HEAD}.mask_predictor.mask_embed", f"{_HEAD}.mask_embedder", f"{HEAD}/mask_embed", "mask_mlp"),
+    (f"{HEAD}.cross_attend_prompt", f"{_HEAD}.prompt_cross_attn", f"{HEAD}/cross_attend_prompt", "attention"),
+    (f"{HEAD}.cross_attn_norm", f"{_HEAD}.prompt_cross_attn_norm", f"{HEAD}/cross_attn_norm", "norm"),
+    (f"{HEAD}.semantic_seg_head", f"{_HEAD}.semantic_projection", f"{HEAD}/semantic_seg_head", "conv"),
+    (f"{HEAD}.instance_seg_head", f"{_HEAD}.instance_projection", f"{HEAD}/instance_seg_head", "conv"),
+    ("dot_prod_scoring.prompt_mlp", f"{_SCORE}.text_mlp", "scoring/prompt_mlp", "mlp2"),
+    ("dot_prod_scoring.prompt_mlp.out_norm", f"{_SCORE}.text_mlp_out_norm", "scoring/prompt_mlp/out_norm", "norm"),
+    ("dot_prod_scoring.prompt_proj", f"{_SCORE}.text_proj", "scoring/prompt_proj", "linear"),
+    ("dot_prod_scoring.hs_proj", f"{_SCORE}.query_proj", "scoring/hs_proj", "linear"),
 )  # fmt: skip
 
-# Composite kinds: (suffix in torch, suffix in Flax, kind).
-COMPOSITE: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "mlp2": tuple((f".layers.{i}", f"/layers_{i}", "linear") for i in range(2)),
-    "mlp3": tuple((f".layers.{i}", f"/layers_{i}", "linear") for i in range(3)),
+# Tensors that reach no output: carried through, never trained. No name: transformers has none.
+DEAD: tuple[tuple[str, str, str], ...] = (
+    (f"{TEXT}.encoder.text_projection", "text_encoder.text_projection.weight", "projection"),
+    (f"{NECK}.3.conv_1x1", f"{_NECK}.3.proj1", "conv"),
+    (f"{NECK}.3.conv_3x3", f"{_NECK}.3.proj2", "conv"),
+    (f"{HEAD}.pixel_decoder.conv_layers.2", f"{_HEAD}.pixel_decoder.conv_layers.2", "conv"),
+    (f"{HEAD}.pixel_decoder.norms.2", f"{_HEAD}.pixel_decoder.norms.2", "norm"),
+    (f"{GEOMETRY}.points_direct_project", "", "linear"),
+    (f"{GEOMETRY}.points_pool_project", "", "linear"),
+    (f"{GEOMETRY}.points_pos_enc_project", "", "linear"),
+)  # fmt: skip
+
+# Composite kinds: (suffix in torch, in transformers, in Flax, kind).
+_FFN = (
+    (".linear1", ".mlp.fc1", "/linear1", "linear"),
+    (".linear2", ".mlp.fc2", "/linear2", "linear"),
+)
+COMPOSITE: dict[str, tuple[tuple[str, str, str, str], ...]] = {
+    "mlp2": tuple((f".layers.{i}", f".layer{i + 1}", f"/layers_{i}", "linear") for i in range(2)),
+    "mlp3": tuple((f".layers.{i}", f".layer{i + 1}", f"/layers_{i}", "linear") for i in range(3)),
+    "mask_mlp": tuple((f".layers.{i}", f".layers.{i}", f"/layers_{i}", "linear") for i in range(3)),
+    "text_layer": (
+        (".ln_1", ".layer_norm1", "/ln_1", "norm"),
+        (".attn", ".self_attn", "/attn", "text_attention"),
+        (".ln_2", ".layer_norm2", "/ln_2", "norm"),
+        (".mlp.c_fc", ".mlp.fc1", "/c_fc", "linear"),
+        (".mlp.c_proj", ".mlp.fc2", "/c_proj", "linear"),
+    ),
     "encoder_layer": (
-        *((f".{n}", f"/{n}", "attention") for n in ("self_attn", "cross_attn_image")),
-        *((f".{n}", f"/{n}", "linear") for n in ("linear1", "linear2")),
-        *((f".{n}", f"/{n}", "norm") for n in ("norm1", "norm2", "norm3")),
+        (".self_attn", ".self_attn", "/self_attn", "attention"),
+        (".cross_attn_image", ".cross_attn", "/cross_attn_image", "attention"),
+        *_FFN,
+        *((f".norm{i}", f".layer_norm{i}", f"/norm{i}", "norm") for i in (1, 2, 3)),
     ),
     "decoder_layer": (
-        *((f".{n}", f"/{n}", "attention") for n in ("self_attn", "ca_text", "cross_attn")),
-        *((f".{n}", f"/{n}", "linear") for n in ("linear1", "linear2")),
-        *((f".{n}", f"/{n}", "norm") for n in ("norm1", "norm2", "norm3", "catext_norm")),
+        (".self_attn", ".self_attn", "/self_attn", "attention"),
+        (".ca_text", ".text_cross_attn", "/ca_text", "attention"),
+        (".cross_attn", ".vision_cross_attn", "/cross_attn", "attention"),
+        *_FFN,
+        (".norm1", ".vision_cross_attn_layer_norm", "/norm1", "norm"),
+        (".norm2", ".self_attn_layer_norm", "/norm2", "norm"),
+        (".norm3", ".mlp_layer_norm", "/norm3", "norm"),
+        (".catext_norm", ".text_cross_attn_layer_norm", "/catext_norm", "norm"),
     ),
 }  # fmt: skip
 
@@ -115,20 +152,33 @@ TRANSFORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
 }
 
-# Leaves of the simple kinds: (suffix in torch, suffix in Flax, transform, third of in_proj or None).
-LEAVES: dict[str, tuple[tuple[str, str, str, int | None], ...]] = {
-    "same": (("", "", "same", None),),
-    "linear": ((".weight", "/kernel", "transpose", None), (".bias", "/bias", "same", None)),
-    "norm": ((".weight", "/scale", "same", None), (".bias", "/bias", "same", None)),
-    "conv": ((".weight", "/kernel", "conv", None), (".bias", "/bias", "same", None)),
-    "upsample": ((".weight", "/kernel", "upsample", None), (".bias", "/bias", "same", None)),
-    "patch": ((".weight", "/kernel", "patch", None),),
-    "attention": (
-        *((".in_proj_weight", f"/{p}_proj/kernel", "transpose", i) for i, p in enumerate("qkv")),
-        *((".in_proj_bias", f"/{p}_proj/bias", "same", i) for i, p in enumerate("qkv")),
-        (".out_proj.weight", "/out_proj/kernel", "transpose", None),
-        (".out_proj.bias", "/out_proj/bias", "same", None),
+# Leaves of the simple kinds: (suffix in torch, suffixes in transformers, suffix in Flax, transform, third
+# of in_proj or None). Three suffixes in transformers: q, k and v, thirds of one torch tensor.
+_BOTH = lambda transform: (
+    (".weight", (".weight",), "/kernel", transform, None),
+    (".bias", (".bias",), "/bias", "same", None),
+)
+_ATTENTION = lambda out: (
+    *((".in_proj_weight", (f".{p}_proj.weight",), f"/{p}_proj/kernel", "transpose", i) for i, p in enumerate("qkv")),
+    *((".in_proj_bias", (f".{p}_proj.bias",), f"/{p}_proj/bias", "same", i) for i, p in enumerate("qkv")),
+    (".out_proj.weight", (f"{out}.weight",), "/out_proj/kernel", "transpose", None),
+    (".out_proj.bias", (f"{out}.bias",), "/out_proj/bias", "same", None),
+)  # fmt: skip
+LEAVES: dict[str, tuple[tuple[str, tuple[str, ...], str, str, int | None], ...]] = {
+    "same": (("", ("",), "", "same", None),),
+    "positions": (("", ("",), "", "same", None),),
+    "projection": (("", ("",), "", "same", None),),
+    "linear": _BOTH("transpose"),
+    "norm": ((".weight", (".weight",), "/scale", "same", None), (".bias", (".bias",), "/bias", "same", None)),
+    "conv": _BOTH("conv"),
+    "upsample": _BOTH("upsample"),
+    "patch": _BOTH("patch")[:1],
+    "qkv": (
+        (".weight", tuple(f".{p}_proj.weight" for p in "qkv"), "/kernel", "transpose", None),
+        (".bias", tuple(f".{p}_proj.bias" for p in "qkv"), "/bias", "same", None),
     ),
+    "attention": _ATTENTION(".o_proj"),
+    "text_attention": _ATTENTION(".out_proj"),
 }  # fmt: skip
 
 
@@ -137,12 +187,14 @@ class Entry:
     """One torch tensor, or a third of one, and its place in the tree.
 
     torch: the tensor's name. third: which third of its rows (q, k, v), or None for the whole.
+    huggingface: its name in transformers; three names where that holds q, k and v of it apart.
     path: the leaf in the tree. slot: index into the leaf's stack axes, () where it has none.
     layer: the per-layer name that patterns are matched against, `....self_attn.q_proj` for a third.
     """
 
     torch: str
     third: int | None
+    huggingface: tuple[str, ...]
     path: tuple[str, ...]
     slot: tuple[int, ...]
     transform: str
@@ -180,7 +232,7 @@ def carried_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Detector tensors that reach no output here, by torch name: carried through, never trained."""
     d = config.dim
     shapes = {
-        f"{TEXT}.encoder.text_projection": (config.text_dim, 2 * d),
+        f"{TEXT}.encoder.text_projection": (config.text_dim, PROJECTION),
         f"{NECK}.3.conv_1x1.weight": (d, config.vit_dim, 1, 1),
         f"{NECK}.3.conv_1x1.bias": (d,),
         f"{NECK}.3.conv_3x3.weight": (d, d, 3, 3),
@@ -196,26 +248,66 @@ def carried_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _expand(torch: str, flax: str, kind: str, config: ModelConfig) -> Iterator[Entry]:
-    if kind in COMPOSITE:
-        for torch_end, flax_end, part in COMPOSITE[kind]:
-            yield from _expand(torch + torch_end, flax + flax_end, part, config)
+def dead_entries() -> list[Entry]:
+    """The tensors that reach no output, in the same form; they have no path."""
+    return [
+        dataclasses.replace(entry, path=())
+        for torch, huggingface, kind in DEAD
+        for entry in _leaves(torch, huggingface, "", kind, ())
+    ]
+
+
+def templates() -> list[tuple[Entry, str]]:
+    """Every entry once, `{block}` and `{layer}` left in its names, dead ones too; and its kind."""
+    rows = [(*row[:2], "", row[3]) for row in TABLE]
+    rows += [(torch, huggingface, "", kind) for torch, huggingface, kind in DEAD]
+    simple = [leaf for row in rows for leaf in _simple(*row)]
+    return [
+        (entry, kind)
+        for torch, huggingface, _, kind in simple
+        for entry in _leaves(torch, huggingface, "", kind, ())
+    ]
+
+
+def _simple(
+    torch: str, huggingface: str, flax: str, kind: str
+) -> Iterator[tuple[str, str, str, str]]:
+    """A row of the table as rows of simple kinds."""
+    if kind not in COMPOSITE:
+        yield torch, huggingface, flax, kind
         return
-    for torch_name, flax_path, slot in _slots(torch, flax, config):
-        for torch_end, flax_end, transform, third in LEAVES[kind]:
-            path = tuple((flax_path + flax_end).split("/"))
-            yield Entry(torch_name + torch_end, third, path, slot, transform)
+    for torch_end, huggingface_end, flax_end, part in COMPOSITE[kind]:
+        yield from _simple(torch + torch_end, huggingface + huggingface_end, flax + flax_end, part)
+
+
+def _expand(torch: str, huggingface: str, flax: str, kind: str, c: ModelConfig) -> Iterator[Entry]:
+    for torch_row, huggingface_row, flax_row, part in _simple(torch, huggingface, flax, kind):
+        for number, place, slot in _slots(torch_row, flax_row, c):
+            names = (
+                n.replace("{block}", number).replace("{layer}", number)
+                for n in (torch_row, huggingface_row)
+            )
+            yield from _leaves(*names, place, part, slot)
+
+
+def _leaves(
+    torch: str, huggingface: str, flax: str, kind: str, slot: tuple[int, ...]
+) -> Iterator[Entry]:
+    for torch_end, huggingface_ends, flax_end, transform, third in LEAVES[kind]:
+        names = tuple(huggingface + end for end in huggingface_ends) if huggingface else ()
+        yield Entry(
+            torch + torch_end, third, names, tuple((flax + flax_end).split("/")), slot, transform
+        )
 
 
 def _slots(torch: str, flax: str, c: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Every layer that a row stands for: its torch name, its path, its slot in the stack."""
+    """Every layer that a row stands for: its number, its path, its slot in the stack."""
     if "{block}" in torch:
         for block in range(c.vit_stages * c.vit_stage_blocks):
             stage, within = divmod(block, c.vit_stage_blocks)
             last = within == c.vit_stage_blocks - 1
             slot = (stage,) if last else (stage, within)
-            place = flax.replace("{block}", "last" if last else "windows")
-            yield torch.replace("{block}", str(block)), place, slot
+            yield str(block), flax.replace("{block}", "last" if last else "windows"), slot
     elif "{layer}" in torch:
         stacks = {
             TEXT: c.text_layers,
@@ -225,10 +317,9 @@ def _slots(torch: str, flax: str, c: ModelConfig) -> Iterator[tuple[str, str, tu
         }
         for layer in range(next(n for prefix, n in stacks.items() if torch.startswith(prefix))):
             slot = () if "{layer}" in flax else (layer,)
-            number = str(layer)
-            yield torch.replace("{layer}", number), flax.replace("{layer}", number), slot
+            yield str(layer), flax.replace("{layer}", str(layer)), slot
     else:
-        yield torch, flax, ()
+        yield "", flax, ()
 
 
 def _square_patch(x: np.ndarray) -> np.ndarray:

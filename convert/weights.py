@@ -1,7 +1,12 @@
-"""Arrays of a torch detector <-> the Flax parameter tree, driven by the table in convert.keymap."""
+"""Arrays of a torch detector <-> the Flax parameter tree, driven by the table in convert.keymap.
+
+`flax_tensors` and `torch_tensors` move tensors that are read when asked for, so that a checkpoint
+never lies in memory twice; `to_flax` and `to_torch` are the same on arrays.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.keymap import Entry, carried_shapes, entries
+from convert.names import CLASS_POSITION, from_huggingface, to_huggingface
 from sam3jax.config import ModelConfig
 from sam3jax.model import Sam3
+from sam3jax.tensor_file import Tensor
 from sam3jax.types import Prompts
+
+Path = tuple[str, ...]
+LAYOUTS = ("official", "huggingface")
 
 
 class ConversionError(ValueError):
     """Tensors do not fit the model; the message lists all of them and says what to do."""
 
 
+@functools.lru_cache(maxsize=4)
 def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct` that `Sam3(config).init` would give; nothing is computed."""
     edge = config.image_size
@@ -35,76 +46,117 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def to_flax(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
-    """The parameter tree from the tensors of a bare detector, by official name; dtype as given.
+def leaf_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
+    """Shape of every leaf of the parameter tree, by path."""
+    leaves = jax.tree.leaves_with_path(parameter_shapes(config))
+    return {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
+
+
+def to_flax(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, *, layout: str = "official"
+) -> dict[str, Any]:
+    """The parameter tree from the tensors of a bare detector, by their names in `layout`; dtype as given.
 
     Raises ConversionError that names every missing, surplus and misshapen tensor at once. Tensors
     that reach no output (`carried_shapes`) may be there or not; they have no place in the tree.
     """
-    shapes = {
-        tuple(k.key for k in path): leaf.shape
-        for path, leaf in jax.tree.leaves_with_path(parameter_shapes(config))
-    }
-    table = entries(config)
-    problems, flat = [], {}
-    for entry in table:
-        tensor = tensors.get(entry.torch)
-        if tensor is None:
-            problems.append(f"missing: {entry.torch}")
-            continue
-        array = entry.read(tensor)
-        want = shapes[entry.path][len(entry.slot) :]
-        if array.shape != want:
-            problems.append(f"misshapen: {entry.torch} gives {array.shape}, expected {want}")
-            continue
-        if entry.slot:
-            if entry.path not in flat:
-                flat[entry.path] = np.empty(shapes[entry.path], array.dtype)
-            flat[entry.path][entry.slot] = array
-        else:
-            flat[entry.path] = array
-    known = {entry.torch for entry in table} | set(carried_shapes(config))
-    problems += [f"surplus: {name}" for name in tensors if name not in known]
-    if problems:
-        problems = list(dict.fromkeys(problems))
-        raise ConversionError(
-            f"{len(problems)} tensors do not fit: {'; '.join(problems)}; "
-            "is this a SAM 3 detector of this size?"
-        )
-    return unflatten(flat)
+    lazy = {name: Tensor.of(np.asarray(array)) for name, array in tensors.items()}
+    lost: list[str] = []
+    if _checked(layout) == "huggingface":
+        lazy, lost = from_huggingface(lazy)
+    known = {entry.torch for entry in entries(config)} | set(carried_shapes(config))
+    lost += [name for name in lazy if name not in known and not name.endswith("freqs_cis")]
+    leaves = flax_tensors(lazy, config, surplus=lost)
+    return unflatten({path: leaf.read() for path, leaf in leaves.items()})
 
 
 def to_torch(
     params: Mapping[str, Any],
     config: ModelConfig,
     *,
+    layout: str = "official",
     carried: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The tensors of a bare detector, by official name, from the parameter tree.
+    """The tensors of a bare detector, by their names in `layout`, from the parameter tree.
 
-    `carried` are the tensors that reach no output, as they came; absent ones are written as zeros.
+    `carried` are the tensors that reach no output, as they came, by official name; absent ones are
+    written as zeros. The RoPE tables that torch stores beside the weights (`freqs_cis`) come from
+    convert.rope; the official layout without them loads with `strict=False`.
     """
-    thirds: dict[str, list[tuple[Entry, np.ndarray]]] = {}
-    out: dict[str, np.ndarray] = {}
+    leaves = {path: Tensor.of(np.asarray(leaf)) for path, leaf in flatten(params).items()}
+    extra = {name: Tensor.of(np.asarray(array)) for name, array in (carried or {}).items()}
+    out = torch_tensors(leaves, config, extra)
+    if _checked(layout) == "huggingface":
+        out = to_huggingface(out)[0]
+    return {name: np.ascontiguousarray(tensor.read()) for name, tensor in out.items()}
+
+
+def flax_tensors(
+    tensors: Mapping[str, Tensor], config: ModelConfig, *, surplus: list[str] | tuple[str, ...] = ()
+) -> dict[Path, Tensor]:
+    """The leaves of the parameter tree, unread, from the tensors of a bare detector by official name.
+
+    surplus: names that have no place anywhere, to be reported with the rest.
+    Raises ConversionError that names every missing, surplus and misshapen tensor at once.
+    """
+    shapes = leaf_shapes(config)
+    problems: dict[str, list[str]] = {"missing": [], "misshapen": [], "surplus": list(surplus)}
+    parts: dict[Path, dict[tuple[int, ...], tuple[Entry, Tensor]]] = {}
     for entry in entries(config):
-        leaf = params
-        for part in entry.path:
-            leaf = leaf[part]
-        array = entry.write(np.asarray(leaf)[entry.slot])
-        if entry.third is None:
-            out[entry.torch] = np.ascontiguousarray(array)
-        else:
-            thirds.setdefault(entry.torch, []).append((entry, array))
-            out.setdefault(entry.torch, array)  # keeps the table's order
-    for name, parts in thirds.items():
-        out[name] = np.concatenate([array for _, array in sorted(parts, key=lambda p: p[0].third)])
-    dtype = next(iter(out.values())).dtype
+        tensor = tensors.get(entry.torch)
+        if tensor is None:
+            problems["missing"].append(entry.torch)
+            continue
+        want = torch_shape(entry, shapes[entry.path][len(entry.slot) :])
+        if tensor.shape != want:
+            problems["misshapen"].append(
+                f"{entry.torch} is {list(tensor.shape)}, expected {list(want)}"
+            )
+            continue
+        parts.setdefault(entry.path, {})[entry.slot] = (entry, tensor)
+    if any(problems.values()):
+        raise ConversionError(_report(problems))
+    return {path: _leaf(shapes[path], found) for path, found in parts.items()}
+
+
+def torch_tensors(
+    leaves: Mapping[Path, Tensor],
+    config: ModelConfig,
+    carried: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a bare detector by official name, unread, in checkpoint order, dead ones last.
+
+    Dead tensors are taken from `carried`; absent ones are zeros in the dtype of the weights.
+    """
+    carried = carried or {}
+    owners: dict[str, list[Entry]] = {}
+    for entry in entries(config):
+        owners.setdefault(entry.torch, []).append(entry)
+    out = {name: _torch_tensor(found, leaves) for name, found in owners.items()}
+    positions = next(name for name in out if CLASS_POSITION.startswith(name))
+    dtype = out[positions].dtype
     for name, shape in carried_shapes(config).items():
-        out[name] = (carried or {}).get(name, np.zeros(shape, dtype))
+        out[name] = carried.get(name) or Tensor.of(np.zeros(shape, dtype))
     return out
 
 
-def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def torch_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the whole torch tensor of which `shape` is this entry's array in Flax."""
+    # A broadcast scalar has the shape and takes no memory.
+    back = entry.write(np.broadcast_to(np.int8(0), shape)).shape
+    return back if entry.third is None else (3 * back[0], *back[1:])
+
+
+def flatten(tree: Mapping[str, Any], start: Path = ()) -> dict[Path, Any]:
+    """{"a": {"b": x}} -> {("a", "b"): x}."""
+    flat: dict[Path, Any] = {}
+    for key, value in tree.items():
+        path = (*start, key)
+        flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
     """{("a", "b"): x} -> {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -113,3 +165,53 @@ def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[path[-1]] = leaf
     return tree
+
+
+def _leaf(shape: tuple[int, ...], parts: Mapping[tuple[int, ...], tuple[Entry, Tensor]]) -> Tensor:
+    """One leaf of the tree; its layers are read, turned and stacked when asked for."""
+    dtype = next(iter(parts.values()))[1].dtype
+    depth = len(next(iter(parts)))
+
+    def get(slot: tuple[int, ...]) -> np.ndarray:
+        if len(slot) >= depth:
+            entry, tensor = parts[slot[:depth]]
+            return entry.read(tensor.read())[slot[depth:]]
+        out = np.empty(shape[len(slot) :], dtype)
+        for place, (entry, tensor) in parts.items():
+            if place[: len(slot)] == slot:
+                out[place[len(slot) :]] = entry.read(tensor.read())
+        return out
+
+    return Tensor(shape, dtype, get)
+
+
+def _torch_tensor(found: list[Entry], leaves: Mapping[Path, Tensor]) -> Tensor:
+    """One torch tensor from its entry, or from its three."""
+    found = sorted(found, key=lambda entry: entry.third or 0)
+    leaf = leaves[found[0].path]
+    shape = torch_shape(found[0], leaf.shape[len(found[0].slot) :])
+
+    def get(slot: tuple[int, ...]) -> np.ndarray:
+        arrays = [entry.write(leaves[entry.path].read(entry.slot)) for entry in found]
+        return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[slot]
+
+    return Tensor(shape, leaf.dtype, get)
+
+
+def _checked(layout: str) -> str:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    return layout
+
+
+def _report(problems: Mapping[str, list[str]]) -> str:
+    """All problems in one message; long lists in full, since a cut list hides the one that matters."""
+    found = {kind: list(dict.fromkeys(names)) for kind, names in problems.items() if names}
+    count = sum(len(names) for names in found.values())
+    lines = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in found.items()]
+    hint = "is the checkpoint complete, and a SAM 3 detector of this size?"
+    if "surplus" in found and len(found) == 1:
+        hint = "is this another model, or a trainer's own addition? Remove them from the file to convert the rest"
+    return (
+        f"{count} tensor{'s' * (count > 1)} do not fit the model. " + "; ".join(lines) + f". {hint}"
+    )

@@ -1,0 +1,291 @@
+"""Names: which layout a checkpoint has, what stands before its names, and official <-> transformers.
+
+Everything behind this file works on the official names of a bare detector. What is not the detector's
+is carried: the tracker and the second neck under the names they came with, the detector's own dead
+tensors and its stored RoPE tables under official names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from convert.keymap import VIT, dead_entries, templates
+from sam3jax.tensor_file import FileError, Tensor
+
+_WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # DDP, Lightning, torch.compile
+DETECTOR = {"official": "detector.", "huggingface": "detector_model."}
+TRACKER = {"official": "tracker.", "huggingface": "tracker_model."}
+SECOND_NECK = {"official": "backbone.vision_backbone.sam2_convs.", "huggingface": "tracker_neck."}
+CLASS_POSITION = f"{VIT}.pos_embed.class_position"  # the row of pos_embed that transformers drops
+# Buffers that other versions of the programs stored; nothing in them that cannot be computed.
+_COMPUTED = re.compile(r"\.(position_ids|rotary_emb\.\w+|inv_freq)$")
+_FREQS = re.compile(r"\.blocks\.\d+\.attn\.freqs_cis$")
+_INTERACTIVE = "inst_interactive_predictor."
+
+_LIVE_ROOTS = {
+    "official": (
+        "backbone.vision_backbone.trunk.",
+        "transformer.decoder.",
+        "segmentation_head.",
+        "dot_prod_scoring.",
+        "backbone.language_backbone.",
+    ),
+    "huggingface": ("detr_decoder.", "detr_encoder.", "dot_product_scoring.", "text_encoder."),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """kind: "official" or "huggingface". wrapper and detector: what stands before a detector's name."""
+
+    kind: str
+    wrapper: str = ""
+    detector: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sorted:
+    """A checkpoint's tensors by use: live and dead ones under official names, the rest as they came."""
+
+    layout: Layout
+    live: dict[str, Tensor]
+    carried: dict[str, Tensor]
+    unknown: tuple[str, ...]
+
+
+def sort_tensors(tensors: Mapping[str, Tensor]) -> Sorted:
+    """Tell the layout of a checkpoint and sort its tensors.
+
+    Raises FileError, by name, for SAM, SAM 2 and SAM 3.1 checkpoints, trackers and anything else.
+    """
+    wrapper = _common_wrapper(tensors)
+    bare = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    kind, detector = _recognise(bare)
+    inside: dict[str, Tensor] = {}
+    carried: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, tensor in bare.items():
+        if detector and not name.startswith(detector):
+            known = name.startswith((TRACKER[kind], SECOND_NECK[kind]))
+            if known:
+                carried[name] = tensor
+            else:
+                unknown.append(wrapper + name)
+        elif name.startswith((TRACKER[kind], _INTERACTIVE)):
+            carried[name] = tensor
+        else:
+            inside[name.removeprefix(detector)] = tensor
+    if kind == "huggingface":
+        inside = {name: t for name, t in inside.items() if not _COMPUTED.search(name)}
+        inside, lost = from_huggingface(inside)
+        unknown += [wrapper + detector + name for name in lost]
+    live: dict[str, Tensor] = {}
+    for name, tensor in inside.items():
+        template = _official_template(name)
+        if (
+            name.startswith(SECOND_NECK["official"])
+            or _FREQS.search(name)
+            or name == CLASS_POSITION
+            or template in _dead()
+        ):
+            carried[name] = tensor
+        elif template in _live():
+            live[name] = tensor
+        else:
+            unknown.append(wrapper + detector + name)
+    return Sorted(Layout(kind, wrapper, detector), live, carried, tuple(unknown))
+
+
+def to_huggingface(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of a bare detector by their transformers names, and what that layout has no place for."""
+    out: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        template, number = _split(name, _official_parts())
+        if template is None or not _official_parts()[template]:
+            rest[name] = tensor
+            continue
+        parts = [part.replace("{n}", number) for part in _official_parts()[template]]
+        kind = _kinds()[template]
+        if kind == "positions":
+            rest[CLASS_POSITION] = _rows(tensor, 0, 1, axis=1)
+            out[parts[0]] = _rows(tensor, 1, tensor.shape[1], axis=1)
+        elif kind == "projection":
+            out[parts[0]] = _transposed(tensor)
+        else:
+            step = tensor.shape[0] // len(parts)
+            for i, part in enumerate(parts):
+                out[part] = tensor if len(parts) == 1 else _rows(tensor, i * step, (i + 1) * step)
+    return out, rest
+
+
+def from_huggingface(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of transformers' Sam3Model by their official names, and the names that have none.
+
+    A tensor of which only some of q, k and v are there is left out: it will be reported as missing.
+    """
+    pieces: dict[str, dict[int, Tensor]] = {}
+    lost: list[str] = []
+    for name, tensor in tensors.items():
+        template, number = _split(_with_text_model(name), _huggingface_parts())
+        if template is None:
+            lost.append(name)
+            continue
+        official, part = _huggingface_parts()[template]
+        pieces.setdefault(official.replace("{n}", number), {})[part] = tensor
+    out: dict[str, Tensor] = {}
+    for name, parts in pieces.items():
+        template = _official_template(name)
+        ordered = [parts[i] for i in sorted(parts)]
+        if len(ordered) != len(_official_parts()[template]):
+            continue
+        kind = _kinds()[template]
+        if kind == "positions":
+            out[name] = _with_class_position(ordered[0], tensors.get(CLASS_POSITION))
+        elif kind == "projection":
+            out[name] = _transposed(ordered[0])
+        else:
+            out[name] = ordered[0] if len(ordered) == 1 else _joined(ordered)
+    return out, lost
+
+
+def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The layout and the detector's prefix, or FileError with what it is instead."""
+    joined = "\n" + "\n".join(bare)
+    if re.search(r"interactive_convs\.|propagation_convs\.|multiplex", joined):
+        raise FileError(
+            "this is a SAM 3.1 checkpoint (it has the multiplex tracker's three necks); this program reads "
+            "SAM 3: take sam3.pt or model.safetensors from the repository facebook/sam3"
+        )
+    for kind, roots in _LIVE_ROOTS.items():
+        for detector in (DETECTOR[kind], ""):
+            if any("\n" + detector + root in joined for root in roots):
+                return kind, detector
+    if re.search(
+        r"\nimage_encoder\.(trunk|neck)\.|\nvision_encoder\.backbone\.blocks\.|\nsam_mask_decoder\.",
+        joined,
+    ):
+        raise FileError(
+            "this is a SAM 2 checkpoint (Hiera image encoder, no text tower); SAM 2 has no phrases to train. "
+            "Take sam3.pt or model.safetensors from the repository facebook/sam3"
+        )
+    if re.search(r"\n(image_encoder\.blocks|vision_encoder\.layers)\.", joined):
+        raise FileError(
+            "this is a SAM 1 checkpoint; take sam3.pt or model.safetensors from facebook/sam3"
+        )
+    if re.search(
+        r"\n(tracker|tracker_model|memory_attention|mask_decoder|maskmem_backbone)\.", joined
+    ):
+        raise FileError(
+            "this checkpoint holds a SAM 3 tracker without its detector; take the whole sam3.pt or model.safetensors"
+        )
+    some = ", ".join(list(bare)[:3])
+    raise FileError(
+        f"no SAM 3 detector in this checkpoint of {len(bare)} tensors (the first: {some})"
+    )
+
+
+def _common_wrapper(names: Iterable[str]) -> str:
+    names, wrapper = list(names), ""
+    while True:
+        found = next((w for w in _WRAPPERS if all(n.startswith(wrapper + w) for n in names)), None)
+        if found is None:
+            return wrapper
+        wrapper += found
+
+
+def _with_text_model(name: str) -> str:
+    """Some versions of transformers write CLIP's tower without its inner `text_model`."""
+    start = "text_encoder."
+    inner = ("text_model.", "text_projection.")
+    if name.startswith(start) and not name.removeprefix(start).startswith(inner):
+        return f"{start}text_model.{name.removeprefix(start)}"
+    return name
+
+
+def _split(name: str, table: Mapping[str, object]) -> tuple[str | None, str]:
+    """The template that a name is of, with `{n}` for its layer, and the layer's number."""
+    if name in table:
+        return name, ""
+    for match in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+        template = f"{name[: match.start()]}{{n}}{name[match.end() :]}"
+        if template in table:
+            return template, match.group()
+    return None, ""
+
+
+def _official_template(name: str) -> str | None:
+    return _split(name, _official_parts())[0]
+
+
+def _template(name: str) -> str:
+    return name.replace("{block}", "{n}").replace("{layer}", "{n}")
+
+
+@functools.cache
+def _official_parts() -> dict[str, tuple[str, ...]]:
+    """Official template -> its transformers templates, q, k, v in order; none where it has no place."""
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for entry, _ in templates():
+        found = parts.setdefault(_template(entry.torch), [])
+        found += [((entry.third or 0) + i, _template(n)) for i, n in enumerate(entry.huggingface)]
+    return {name: tuple(part for _, part in sorted(found)) for name, found in parts.items()}
+
+
+@functools.cache
+def _huggingface_parts() -> dict[str, tuple[str, int]]:
+    """Transformers template -> (official template, which part of it)."""
+    return {
+        part: (name, i) for name, parts in _official_parts().items() for i, part in enumerate(parts)
+    }
+
+
+@functools.cache
+def _kinds() -> dict[str, str]:
+    return {_template(entry.torch): kind for entry, kind in templates()}
+
+
+@functools.cache
+def _dead() -> frozenset[str]:
+    return frozenset(_template(entry.torch) for entry in dead_entries())
+
+
+@functools.cache
+def _live() -> frozenset[str]:
+    return frozenset(_official_parts()) - _dead()
+
+
+def _rows(tensor: Tensor, start: int, stop: int, axis: int = 0) -> Tensor:
+    shape = (*tensor.shape[:axis], stop - start, *tensor.shape[axis + 1 :])
+    index = (slice(None),) * axis + (slice(start, stop),)
+    return Tensor(shape, tensor.dtype, lambda slot: tensor.read()[index][slot])
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    shape = (sum(t.shape[0] for t in tensors), *tensors[0].shape[1:])
+    return Tensor(
+        shape, tensors[0].dtype, lambda slot: np.concatenate([t.read() for t in tensors])[slot]
+    )
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return Tensor(tensor.shape[::-1], tensor.dtype, lambda slot: tensor.read().T[slot])
+
+
+def _with_class_position(positions: Tensor, first: Tensor | None) -> Tensor:
+    shape = (1, positions.shape[1] + 1, positions.shape[2])
+
+    def get(slot: tuple[int, ...]) -> np.ndarray:
+        row = np.zeros((1, 1, shape[2]), positions.dtype) if first is None else first.read()
+        return np.concatenate([row, positions.read()], 1)[slot]
+
+    return Tensor(shape, positions.dtype, get)

@@ -1,0 +1,209 @@
+"""Safetensors files, read one tensor at a time and written as a stream, bfloat16 included.
+
+The format (https://github.com/huggingface/safetensors): eight bytes with the length of a JSON header,
+the header {name: {dtype, shape, data_offsets}}, then the data. The package's own numpy interface knows
+neither bfloat16 nor writing without all tensors in memory; the files are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "C64": np.dtype(np.complex64),
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+class FileError(ValueError):
+    """A file cannot be read or written; the message says what was found and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that is read when asked for.
+
+    get(slot) returns the sub-array at a leading index, `()` for all of it, as numpy.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    get: Callable[[tuple[int, ...]], np.ndarray]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Tensor:
+        """An array that is already there."""
+        return cls(tuple(array.shape), array.dtype, lambda slot: array[slot])
+
+    def read(self, slot: tuple[int, ...] = ()) -> np.ndarray:
+        """The array, or the part of it at a leading index."""
+        return self.get(slot)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def astype(self, dtype: np.dtype) -> Tensor:
+        """The same in another dtype, converted when read."""
+        return Tensor(self.shape, np.dtype(dtype), lambda slot: self.get(slot).astype(dtype))
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether the dtype is a real floating one, bfloat16 and float8 included (numpy calls those void)."""
+    return _CODES.get(dtype, "").startswith(("F", "BF"))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, unread. Raises FileError where the file is damaged."""
+    return read_header(path)[0]
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, unread, and the metadata of a safetensors file.
+
+    Raises FileError where the file is cut short or is something else.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = 8 + length
+        if size < 8 or length > _MAX_HEADER:
+            raise FileError(
+                f"{path} is not a safetensors file: its header would take {length:,} bytes"
+            )
+        if start > size:
+            raise FileError(
+                f"{path} is cut short: {size:,} bytes, its header alone takes {start:,}; fetch it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            spans = {name: _span(entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileError(
+                f"{path} is not a safetensors file: unreadable header ({error})"
+            ) from error
+    expected = start + max((end for *_, end in spans.values()), default=0)
+    if size < expected:
+        raise FileError(
+            f"{path} is cut short: {size:,} bytes of {expected:,}; copy or download it again"
+        )
+
+    return {
+        name: _file_tensor(path, dtype, shape, start + begin)
+        for name, (dtype, shape, begin, _) in spans.items()
+    }, metadata
+
+
+def _file_tensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+    def get(slot: tuple[int, ...]) -> np.ndarray:
+        rest = shape[len(slot) :]
+        before = int(np.ravel_multi_index(slot, shape[: len(slot)])) if slot else 0
+        count = math.prod(rest)
+        # A plain read, not a memory map: mapped pages would count as ours until the file is closed.
+        start = offset + before * count * dtype.itemsize
+        return np.fromfile(path, dtype, count, offset=start).reshape(rest)
+
+    return Tensor(shape, dtype, get)
+
+
+def _span(entry: dict[str, Any]) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is not known here")
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
+    return dtype, shape, begin, end
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, one tensor in memory at a time; the file appears whole or not at all.
+
+    Raises FileError where the disk is full.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    # Larger items first, as the format's own writer does, so that every tensor lies aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in order:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with whole(path, offset + len(text) + 8) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensors[name]
+            array = np.ascontiguousarray(tensor.read())
+            if array.shape != tensor.shape or array.dtype != tensor.dtype:
+                raise AssertionError(
+                    f"{name}: promised {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}"
+                )
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def whole(path: str | Path, size: int = 0) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, and renames it onto `path` when all went well.
+
+    Works for files and folders (an existing folder is replaced). Whatever goes wrong, nothing half
+    written stays and an older file is kept. size: bytes about to be written, checked against the disk.
+    Raises FileError where the disk is full or the place cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise FileError(
+                f"the disk is full: {path} needs {size:,} bytes, {free:,} are free in {path.parent}; nothing was written"
+            )
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise FileError(
+                f"the disk is full ({error.strerror}) while writing {path}; nothing was kept, make room and run again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise FileError(f"cannot write {path}: {error.strerror}") from error
+        raise
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
