@@ -1,0 +1,179 @@
+"""A model folder: what `python -m convert` writes and everything reads.
+
+    config.json             the ModelConfig, and where the weights came from
+    tokenizer.json          the vocabulary
+    model.safetensors       the parameter tree, layers stacked as in Flax, named vit/ln_pre/scale, ...
+    carried.safetensors     tensors that the detector does not use (tracker, second neck, dead ones),
+                            under torch names, so that an export can hand them back; may be absent
+
+The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sam3jax.config import ConfigError, ModelConfig, parse_config
+from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.tensor_file import (
+    FileError,
+    Tensor,
+    is_float,
+    read_header,
+    read_tensors,
+    whole,
+    write_tensors,
+)
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WEIGHTS, CARRIED = "model.safetensors", "carried.safetensors"
+FORMAT = "sam3jax model folder"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A model folder, its tensors unread.
+
+    leaves: the parameter tree by path. carried: by torch name. tokenizer: the JSON text, or None.
+    source: what the conversion noted about the checkpoint (layout, prefixes, ...).
+    """
+
+    path: Path
+    config: ModelConfig
+    leaves: dict[tuple[str, ...], Tensor]
+    carried: dict[str, Tensor]
+    tokenizer: str | None
+    source: dict[str, Any]
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether a folder says of itself that it is one."""
+    file = Path(path) / CONFIG
+    try:
+        return json.loads(file.read_text("utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def open_model_folder(path: str | Path) -> ModelFolder:
+    """Open a model folder without reading its tensors.
+
+    Raises FileError where it is none, is of a newer version, or lacks a file.
+    """
+    path = Path(path)
+    if not is_model_folder(path):
+        what = (
+            "is no model folder"
+            if path.is_dir()
+            else "does not exist"
+            if not path.exists()
+            else "is a file"
+        )
+        raise FileError(
+            f"{path} {what}; expected a folder written by `python -m convert torch-to-jax --src sam3.pt --out {path}`"
+        )
+    content = json.loads((path / CONFIG).read_text("utf-8"))
+    if content.get("version", 0) > VERSION:
+        raise FileError(
+            f"{path} is of version {content['version']}, this program reads {VERSION}: update it"
+        )
+    try:
+        config = parse_config(content.get("model", {}), ModelConfig)
+    except ConfigError as error:
+        raise FileError(f"{path / CONFIG}: {error}") from error
+    if not (path / WEIGHTS).is_file():
+        raise FileError(f"{path} has no {WEIGHTS}: convert the checkpoint again")
+    leaves = {tuple(name.split("/")): t for name, t in read_tensors(path / WEIGHTS).items()}
+    carried = read_header(path / CARRIED)[0] if (path / CARRIED).is_file() else {}
+    tokenizer = (path / TOKENIZER).read_text("utf-8") if (path / TOKENIZER).is_file() else None
+    return ModelFolder(path, config, leaves, carried, tokenizer, content.get("source", {}))
+
+
+def load_model_folder(
+    path: str | Path, *, dtype: Any = None
+) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
+    """(config, params, tokenizer) of a model folder; numpy arrays, floats in `dtype` or as stored.
+
+    Raises FileError where the folder is damaged or holds no vocabulary for its text tower.
+    """
+    folder = open_model_folder(path)
+    if folder.tokenizer is None:
+        raise FileError(
+            f"{folder.path} has no {TOKENIZER}: convert again with --tokenizer FILE (CLIP's tokenizer.json or "
+            "bpe_simple_vocab_16e6.txt.gz)"
+        )
+    tokenizer = Tokenizer(folder.tokenizer, folder.config.text_length)
+    if tokenizer.vocab_size > folder.config.vocab_size:
+        raise FileError(
+            f"{folder.path}: the vocabulary has {tokenizer.vocab_size} tokens, the text tower {folder.config.vocab_size}"
+        )
+    params: dict[str, Any] = {}
+    for leaf_path, tensor in folder.leaves.items():
+        node = params
+        for part in leaf_path[:-1]:
+            node = node.setdefault(part, {})
+        array = tensor.read()
+        node[leaf_path[-1]] = (
+            array.astype(dtype, copy=False)
+            if dtype is not None and is_float(tensor.dtype)
+            else array
+        )
+    return folder.config, params, tokenizer
+
+
+def save_model_folder(
+    path: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any] | Mapping[tuple[str, ...], Tensor],
+    tokenizer: Tokenizer | str | None,
+    *,
+    carried: Mapping[str, Tensor | np.ndarray] | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model folder; an older model folder in its place is replaced, anything else is left alone.
+
+    params: the tree of arrays, or {path: Tensor} to be read one at a time. tokenizer: or its JSON text.
+    Raises FileError where the place is taken by something else or the disk is full.
+    """
+    path = Path(path)
+    if path.exists() and not is_model_folder(path) and (path.is_file() or any(path.iterdir())):
+        raise FileError(f"{path} exists and is no model folder: give another --out, or remove it")
+    leaves = {"/".join(p): t for p, t in _leaves(params).items()}
+    rest = {
+        name: t if isinstance(t, Tensor) else Tensor.of(np.asarray(t))
+        for name, t in (carried or {}).items()
+    }
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": config.model_dump(mode="json"),
+        "source": dict(source or {}),
+    }
+    size = sum(t.nbytes for t in (*leaves.values(), *rest.values()))
+    with whole(path, size) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / WEIGHTS, leaves)
+        if rest:
+            write_tensors(temporary / CARRIED, rest)
+        if tokenizer is not None:
+            text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
+            (temporary / TOKENIZER).write_text(text, "utf-8")
+        (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _leaves(tree: Mapping[Any, Any], start: tuple[str, ...] = ()) -> dict[tuple[str, ...], Tensor]:
+    flat: dict[tuple[str, ...], Tensor] = {}
+    for key, value in tree.items():
+        path = (*start, *key) if isinstance(key, tuple) else (*start, key)
+        if isinstance(value, Mapping):
+            flat |= _leaves(value, path)
+        else:
+            flat[path] = value if isinstance(value, Tensor) else Tensor.of(np.asarray(value))
+    return flat
