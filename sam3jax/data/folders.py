@@ -36,7 +36,8 @@ def find_splits(path: str | Path) -> dict[str, Path]:
     if root.is_file():
         return {ONLY: root}
     splits: dict[str, Path] = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name != "annotations"):
+    folders = [p for p in root.iterdir() if p.is_dir() and p.name != "annotations"]
+    for folder in sorted(folders, key=lambda p: (not p.name.startswith("train"), p.name)):
         if file := _annotation_file(folder):
             splits[folder.name] = file
     for folder in (root / "annotations", root):

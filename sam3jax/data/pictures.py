@@ -59,7 +59,7 @@ def read_picture(file: str | Path, width: int, height: int) -> np.ndarray:
 
 def displayed_size(file: Path) -> tuple[int, int]:
     """Width and height as displayed, from the file's header."""
-    stored, orientation = _header(file)
+    stored, orientation = read_header(file)
     return stored[::-1] if orientation in _TURNED else stored
 
 
@@ -78,7 +78,7 @@ def check_pictures(pictures: Iterable[tuple[Path, int, int]]) -> None:
 def _check(picture: tuple[Path, int, int]) -> DataError | None:
     file, width, height = picture
     try:
-        stored, orientation = _header(file)
+        stored, orientation = read_header(file)
         displayed = stored[::-1] if orientation in _TURNED else stored
         if (width, height) not in (stored, displayed):
             return _other_size(file, displayed, (width, height))
@@ -89,7 +89,8 @@ def _check(picture: tuple[Path, int, int]) -> DataError | None:
     return None
 
 
-def _header(file: Path) -> tuple[tuple[int, int], int]:
+def read_header(file: Path) -> tuple[tuple[int, int], int]:
+    """Stored (width, height) and EXIF orientation, 1 to 8; errors as `open_rgb`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
