@@ -6,19 +6,66 @@ the saved model does.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3jax.config import EvalConfig
+from sam3jax.config import Config, EvalConfig
+from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.model import Sam3
 from sam3jax.postprocess import Candidates, top_candidates
 from sam3jax.types import Batch, ImageFeatures, Prompts, TextFeatures
 
 Variables = Any  # {"params": ..., "lora": ...}
+THRESHOLDS_FILE = "thresholds.json"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run folder in memory. variables: tuned, best checkpoint; base_variables: where it began."""
+
+    path: Path
+    config: Config
+    model: Sam3
+    variables: Variables
+    base_variables: Variables
+    tokenizer: Tokenizer
+    step: int
+    thresholds: dict[str, float] = field(default_factory=dict)
+
+
+def open_run(path: str | Path) -> LoadedRun:
+    """Load a run folder with the thresholds chosen for it."""
+    from sam3jax.checkpoint import load_run
+
+    run = load_run(path)
+    return LoadedRun(
+        path=Path(path),
+        config=run.config,
+        model=run.model,
+        variables=run.variables,
+        base_variables=run.base_variables,
+        tokenizer=run.tokenizer,
+        step=run.step,
+        thresholds=read_thresholds(path),
+    )
+
+
+def read_thresholds(run: str | Path) -> dict[str, float]:
+    """Category name -> score threshold chosen on validation; empty where none was chosen yet."""
+    file = Path(run) / THRESHOLDS_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_thresholds(run: str | Path, thresholds: Mapping[str, float]) -> None:
+    (Path(run) / THRESHOLDS_FILE).write_text(json.dumps(dict(thresholds), indent=1))
 
 
 class Detector:
