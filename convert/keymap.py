@@ -22,7 +22,7 @@ VIT, TEXT = "backbone.vision_backbone.trunk", "backbone.language_backbone"
 NECK, HEAD = "backbone.vision_backbone.convs", "segmentation_head"
 GEOMETRY, FUSION, DECODER = "geometry_encoder", "transformer.encoder", "transformer.decoder"
 # The same parts in transformers.
-_VIT, _NECK = "vision_encoder.backbone", "vision_encoder.neck.fpn_layers"
+_VIT, NECK_HUGGINGFACE = "vision_encoder.backbone", "vision_encoder.neck.fpn_layers"
 _TEXT, _DECODER, _HEAD, _SCORE = (
     "text_encoder.text_model",
     "detr_decoder",
@@ -43,15 +43,15 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     (f"{VIT}.blocks.{{block}}.norm2", f"{_VIT}.layers.{{block}}.layer_norm2", "vit/stages/{block}/norm2", "norm"),
     (f"{VIT}.blocks.{{block}}.mlp.fc1", f"{_VIT}.layers.{{block}}.mlp.fc1", "vit/stages/{block}/mlp/fc1", "linear"),
     (f"{VIT}.blocks.{{block}}.mlp.fc2", f"{_VIT}.layers.{{block}}.mlp.fc2", "vit/stages/{block}/mlp/fc2", "linear"),
-    (f"{NECK}.0.dconv_2x2_0", f"{_NECK}.0.scale_layers.0", "neck/convs_0_dconv_2x2_0", "upsample"),
-    (f"{NECK}.0.dconv_2x2_1", f"{_NECK}.0.scale_layers.2", "neck/convs_0_dconv_2x2_1", "upsample"),
-    (f"{NECK}.0.conv_1x1", f"{_NECK}.0.proj1", "neck/convs_0_conv_1x1", "conv"),
-    (f"{NECK}.0.conv_3x3", f"{_NECK}.0.proj2", "neck/convs_0_conv_3x3", "conv"),
-    (f"{NECK}.1.dconv_2x2", f"{_NECK}.1.scale_layers.0", "neck/convs_1_dconv_2x2", "upsample"),
-    (f"{NECK}.1.conv_1x1", f"{_NECK}.1.proj1", "neck/convs_1_conv_1x1", "conv"),
-    (f"{NECK}.1.conv_3x3", f"{_NECK}.1.proj2", "neck/convs_1_conv_3x3", "conv"),
-    (f"{NECK}.2.conv_1x1", f"{_NECK}.2.proj1", "neck/convs_2_conv_1x1", "conv"),
-    (f"{NECK}.2.conv_3x3", f"{_NECK}.2.proj2", "neck/convs_2_conv_3x3", "conv"),
+    (f"{NECK}.0.dconv_2x2_0", f"{NECK_HUGGINGFACE}.0.scale_layers.0", "neck/convs_0_dconv_2x2_0", "upsample"),
+    (f"{NECK}.0.dconv_2x2_1", f"{NECK_HUGGINGFACE}.0.scale_layers.2", "neck/convs_0_dconv_2x2_1", "upsample"),
+    (f"{NECK}.0.conv_1x1", f"{NECK_HUGGINGFACE}.0.proj1", "neck/convs_0_conv_1x1", "conv"),
+    (f"{NECK}.0.conv_3x3", f"{NECK_HUGGINGFACE}.0.proj2", "neck/convs_0_conv_3x3", "conv"),
+    (f"{NECK}.1.dconv_2x2", f"{NECK_HUGGINGFACE}.1.scale_layers.0", "neck/convs_1_dconv_2x2", "upsample"),
+    (f"{NECK}.1.conv_1x1", f"{NECK_HUGGINGFACE}.1.proj1", "neck/convs_1_conv_1x1", "conv"),
+    (f"{NECK}.1.conv_3x3", f"{NECK_HUGGINGFACE}.1.proj2", "neck/convs_1_conv_3x3", "conv"),
+    (f"{NECK}.2.conv_1x1", f"{NECK_HUGGINGFACE}.2.proj1", "neck/convs_2_conv_1x1", "conv"),
+    (f"{NECK}.2.conv_3x3", f"{NECK_HUGGINGFACE}.2.proj2", "neck/convs_2_conv_3x3", "conv"),
     (f"{TEXT}.encoder.token_embedding.weight", f"{_TEXT}.embeddings.token_embedding.weight", "text_encoder/token_embedding", "same"),
     (f"{TEXT}.encoder.positional_embedding", f"{_TEXT}.embeddings.position_embedding.weight", "text_encoder/positional_embedding", "same"),
     (f"{TEXT}.encoder.transformer.resblocks.{{layer}}", f"{_TEXT}.encoder.layers.{{layer}}", "text_encoder/resblocks", "text_layer"),
@@ -97,8 +97,8 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
 # Tensors that reach no output: carried through, never trained. No name: transformers has none.
 DEAD: tuple[tuple[str, str, str], ...] = (
     (f"{TEXT}.encoder.text_projection", "text_encoder.text_projection.weight", "projection"),
-    (f"{NECK}.3.conv_1x1", f"{_NECK}.3.proj1", "conv"),
-    (f"{NECK}.3.conv_3x3", f"{_NECK}.3.proj2", "conv"),
+    (f"{NECK}.3.conv_1x1", f"{NECK_HUGGINGFACE}.3.proj1", "conv"),
+    (f"{NECK}.3.conv_3x3", f"{NECK_HUGGINGFACE}.3.proj2", "conv"),
     (f"{HEAD}.pixel_decoder.conv_layers.2", f"{_HEAD}.pixel_decoder.conv_layers.2", "conv"),
     (f"{HEAD}.pixel_decoder.norms.2", f"{_HEAD}.pixel_decoder.norms.2", "norm"),
     (f"{GEOMETRY}.points_direct_project", "", "linear"),

@@ -14,18 +14,18 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from convert import tracker
 from convert.keymap import VIT, dead_entries, templates
 from sam3jax.tensor_file import FileError, Tensor
 
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # DDP, Lightning, torch.compile
 DETECTOR = {"official": "detector.", "huggingface": "detector_model."}
-TRACKER = {"official": "tracker.", "huggingface": "tracker_model."}
-SECOND_NECK = {"official": "backbone.vision_backbone.sam2_convs.", "huggingface": "tracker_neck."}
+TRACKER = {"official": ("tracker.",), "huggingface": ("tracker_model.", "tracker_neck.")}
 CLASS_POSITION = f"{VIT}.pos_embed.class_position"  # the row of pos_embed that transformers drops
 # Buffers that other versions of the programs stored; nothing in them that cannot be computed.
 _COMPUTED = re.compile(r"\.(position_ids|rotary_emb\.\w+|inv_freq)$")
 _FREQS = re.compile(r"\.blocks\.\d+\.attn\.freqs_cis$")
-_INTERACTIVE = "inst_interactive_predictor."
+INTERACTIVE = "inst_interactive_predictor."
 
 _LIVE_ROOTS = {
     "official": (
@@ -58,8 +58,10 @@ class Sorted:
     unknown: tuple[str, ...]
 
 
-def sort_tensors(tensors: Mapping[str, Tensor]) -> Sorted:
-    """Tell the layout of a checkpoint and sort its tensors.
+def sort_tensors(
+    tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor] | None = None
+) -> Sorted:
+    """Tell the layout of a checkpoint and sort its tensors; `beside` are those an export kept aside.
 
     Raises FileError, by name, for SAM, SAM 2 and SAM 3.1 checkpoints, trackers and anything else.
     """
@@ -67,38 +69,34 @@ def sort_tensors(tensors: Mapping[str, Tensor]) -> Sorted:
     bare = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     kind, detector = _recognise(bare)
     inside: dict[str, Tensor] = {}
+    beside = dict(beside or {})
     carried: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in bare.items():
         if detector and not name.startswith(detector):
-            known = name.startswith((TRACKER[kind], SECOND_NECK[kind]))
-            if known:
+            if name.startswith(TRACKER[kind]):
                 carried[name] = tensor
             else:
                 unknown.append(wrapper + name)
-        elif name.startswith((TRACKER[kind], _INTERACTIVE)):
+        elif name.startswith((*TRACKER[kind], INTERACTIVE)):
             carried[name] = tensor
         else:
             inside[name.removeprefix(detector)] = tensor
     if kind == "huggingface":
         inside = {name: t for name, t in inside.items() if not _COMPUTED.search(name)}
-        inside, lost = from_huggingface(inside)
+        inside, lost = from_huggingface(inside, beside.get(CLASS_POSITION))
         unknown += [wrapper + detector + name for name in lost]
+        carried = tracker.to_official(carried)
     live: dict[str, Tensor] = {}
     for name, tensor in inside.items():
         template = _official_template(name)
-        if (
-            name.startswith(SECOND_NECK["official"])
-            or _FREQS.search(name)
-            or name == CLASS_POSITION
-            or template in _dead()
-        ):
+        if name.startswith(tracker.NECK_OFFICIAL) or _FREQS.search(name) or template in _dead():
             carried[name] = tensor
         elif template in _live():
             live[name] = tensor
         else:
             unknown.append(wrapper + detector + name)
-    return Sorted(Layout(kind, wrapper, detector), live, carried, tuple(unknown))
+    return Sorted(Layout(kind, wrapper, detector), live, beside | carried, tuple(unknown))
 
 
 def to_huggingface(
@@ -127,10 +125,11 @@ def to_huggingface(
 
 
 def from_huggingface(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor], class_position: Tensor | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of transformers' Sam3Model by their official names, and the names that have none.
 
+    class_position: the row of pos_embed that transformers drops; no output depends on it.
     A tensor of which only some of q, k and v are there is left out: it will be reported as missing.
     """
     pieces: dict[str, dict[int, Tensor]] = {}
@@ -150,7 +149,7 @@ def from_huggingface(
             continue
         kind = _kinds()[template]
         if kind == "positions":
-            out[name] = _with_class_position(ordered[0], tensors.get(CLASS_POSITION))
+            out[name] = _with_class_position(ordered[0], class_position)
         elif kind == "projection":
             out[name] = _transposed(ordered[0])
         else:

@@ -169,7 +169,9 @@ def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
 
 def _leaf(shape: tuple[int, ...], parts: Mapping[tuple[int, ...], tuple[Entry, Tensor]]) -> Tensor:
     """One leaf of the tree; its layers are read, turned and stacked when asked for."""
-    dtype = next(iter(parts.values()))[1].dtype
+    dtypes = {tensor.dtype for _, tensor in parts.values()}
+    # Layers stored in different dtypes share one array: float32 holds what any half type holds.
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     depth = len(next(iter(parts)))
 
     def get(slot: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,126 @@
+"""python -m convert torch-to-jax | jax-to-torch | inspect: weights in, weights out, what is in a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convert.jax_to_torch import export
+from convert.torch_to_jax import FLOATS, describe, torch_to_jax
+from convert.weights import LAYOUTS, ConversionError
+from sam3jax.config import ModelConfig
+from sam3jax.model_folder import open_model_folder
+from sam3jax.tensor_file import FileError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 after a sentence on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        for line in options.run(options):
+            print(line)
+    except (FileError, ConversionError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m convert", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "torch-to-jax",
+        help="a torch checkpoint, published or transformers layout, to a model folder",
+    )
+    command.add_argument(
+        "--src", required=True, type=Path, help=".pt, .safetensors, index of shards, or folder"
+    )
+    command.add_argument("--out", required=True, type=Path, help="model folder to write")
+    command.add_argument("--dtype", choices=FLOATS, help="of every float; default: as stored")
+    command.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json, or CLIP's bpe_simple_vocab_16e6.txt.gz"
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of ModelConfig, where shapes do not tell",
+    )
+    command.set_defaults(run=_torch_to_jax)
+
+    command = commands.add_parser(
+        "jax-to-torch", help="a model folder or run folder to a torch checkpoint, adapters merged"
+    )
+    command.add_argument("--src", required=True, type=Path, help="model folder or run folder")
+    command.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help=".pt or .safetensors; folder with --adapter; either with huggingface",
+    )
+    command.add_argument("--layout", choices=LAYOUTS, help="default: the one the weights came in")
+    command.add_argument("--dtype", choices=FLOATS, help="of every float; default: as stored")
+    command.add_argument("--prefix", help="before the detector's names; default: as in the source")
+    command.add_argument(
+        "--detector-only", action="store_true", help="leave the tracker and its neck out"
+    )
+    command.add_argument("--adapter", action="store_true", help="the adapters alone, for peft")
+    command.set_defaults(run=_jax_to_torch)
+
+    command = commands.add_parser(
+        "inspect", help="what a checkpoint, model folder or run folder holds"
+    )
+    command.add_argument("path", type=Path)
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of ModelConfig, where shapes do not tell",
+    )
+    command.set_defaults(run=_inspect)
+    return parser
+
+
+def _torch_to_jax(o: argparse.Namespace) -> list[str]:
+    return torch_to_jax(
+        o.src, o.out, dtype=o.dtype, tokenizer=o.tokenizer, overrides=_settings(o.set)
+    )
+
+
+def _jax_to_torch(o: argparse.Namespace) -> list[str]:
+    return export(
+        open_model_folder(o.src),
+        o.out,
+        layout=o.layout,
+        dtype=o.dtype,
+        prefix=o.prefix,
+        detector_only=o.detector_only,
+    )
+
+
+def _inspect(o: argparse.Namespace) -> list[str]:
+    return describe(o.path, _settings(o.set))
+
+
+def _settings(items: Sequence[str]) -> dict[str, Any]:
+    """{key: value} of `key=value` words; keys are ModelConfig's."""
+    settings: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or key not in ModelConfig.model_fields:
+            known = ", ".join(ModelConfig.model_fields)
+            raise ConversionError(f"--set {item}: expected key=value with a key of {known}")
+        settings[key] = yaml.safe_load(value)
+    return settings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The `config.json` that transformers reads beside a checkpoint in its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from convert.keymap import PROJECTION
+from sam3jax.config import ModelConfig
+
+
+def huggingface_config(
+    c: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
+    """Sam3Config of a detector; Sam3VideoConfig where `shapes`, by exported name, hold a tracker.
+
+    The ViT's norm epsilon is the model's own. What transformers cannot be told: it runs no geometry
+    encoder without boxes and clamps presence logits.
+    """
+    shapes = shapes or {}
+    tracked = any(name.startswith("tracker_model.") for name in shapes)
+    projection = next(
+        (s[0] for n, s in shapes.items() if n.endswith("text_encoder.text_projection.weight")),
+        PROJECTION,
+    )
+    detector = _detector(c, projection)
+    if not tracked:
+        return {"architectures": ["Sam3Model"], **detector}
+    return {
+        "architectures": ["Sam3VideoModel"],
+        "model_type": "sam3_video",
+        "detector_config": detector,
+        "tracker_config": {
+            "model_type": "sam3_tracker_video",
+            "vision_config": detector["vision_config"],
+        },
+    }
+
+
+def _detector(c: ModelConfig, projection: int) -> dict[str, Any]:
+    layer = {"hidden_size": c.dim, "num_attention_heads": c.heads, "dropout": c.dropout}
+    stack = {**layer, "intermediate_size": c.ffn}
+    blocks = c.vit_stage_blocks
+    return {
+        "model_type": "sam3",
+        "vision_config": {
+            "model_type": "sam3_vision_model",
+            "backbone_config": {
+                "model_type": "sam3_vit_model",
+                "hidden_size": c.vit_dim,
+                "intermediate_size": int(c.vit_dim * c.vit_mlp_ratio),
+                "num_hidden_layers": c.vit_stages * blocks,
+                "num_attention_heads": c.vit_heads,
+                "image_size": c.image_size,
+                "patch_size": c.patch_size,
+                "layer_norm_eps": c.vit_norm_eps,
+                "window_size": c.window_size,
+                "global_attn_indexes": list(range(blocks - 1, c.vit_stages * blocks, blocks)),
+                "pretrain_image_size": c.pretrain_image_size,
+            },
+            "fpn_hidden_size": c.dim,
+            "backbone_feature_sizes": [[c.grid * n, c.grid * n] for n in (4, 2, 1)],
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.text_dim,
+            "intermediate_size": 4 * c.text_dim,
+            "projection_dim": projection,
+            "num_hidden_layers": c.text_layers,
+            "num_attention_heads": c.text_heads,
+            "max_position_embeddings": c.text_length,
+            "hidden_act": "gelu",
+        },
+        "geometry_encoder_config": {
+            "model_type": "sam3_geometry_encoder",
+            **stack,
+            "num_layers": c.geometry_layers,
+        },
+        "detr_encoder_config": {
+            "model_type": "sam3_detr_encoder",
+            **stack,
+            "num_layers": c.fusion_layers,
+        },
+        "detr_decoder_config": {
+            "model_type": "sam3_detr_decoder",
+            **stack,
+            "num_layers": c.decoder_layers,
+            "num_queries": c.queries,
+        },
+        "mask_decoder_config": {
+            "model_type": "sam3_mask_decoder",
+            "hidden_size": c.dim,
+            "num_attention_heads": c.heads,
+        },
+    }

@@ -1,0 +1,181 @@
+"""Model folder -> torch checkpoint in either layout, adapters merged, carried tensors included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import tracker
+from convert.files import write_checkpoint
+from convert.huggingface_config import huggingface_config
+from convert.names import CLASS_POSITION, DETECTOR, INTERACTIVE, to_huggingface
+from convert.sizes import rope_tables
+from convert.torch_to_jax import cast
+from convert.weights import LAYOUTS, torch_tensors
+from sam3jax.config import ModelConfig
+from sam3jax.model_folder import ModelFolder
+from sam3jax.tensor_file import FileError, Tensor, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A low-rank addition to a kernel: scale [*stack], a [*stack, D, R], b [*stack, R, E]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: np.ndarray
+
+    def delta(self, slot: tuple[int, ...] = ()) -> np.ndarray:
+        """scale * a @ b in float32, of all layers or of the one in `slot`."""
+        a, b = (np.asarray(x[slot], np.float32) for x in (self.a, self.b))
+        scale = np.asarray(self.scale[slot], np.float32)
+        return scale[..., None, None] * (a @ b)
+
+
+def merge(
+    leaves: Mapping[tuple[str, ...], Tensor], adapters: Mapping[tuple[str, ...], Adapter]
+) -> dict[tuple[str, ...], Tensor]:
+    """The leaves with each adapter added to the kernel of its layer, when read; dtype kept.
+
+    adapters: by the path of the layer, without `kernel`. Raises FileError where one fits no kernel.
+    """
+    merged = dict(leaves)
+    for path, adapter in adapters.items():
+        kernel = leaves.get((*path, "kernel"))
+        want = (*adapter.a.shape[:-1], adapter.b.shape[-1])
+        if kernel is None or kernel.shape != want:
+            found = "there is none" if kernel is None else f"it is {list(kernel.shape)}"
+            raise FileError(
+                f"the adapter of {'/'.join(path)} needs a kernel of {list(want)}, {found}: is this its base model?"
+            )
+        merged[(*path, "kernel")] = _merged(kernel, adapter)
+    return merged
+
+
+def export(
+    folder: ModelFolder,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    dtype: str | None = None,
+    prefix: str | None = None,
+    detector_only: bool = False,
+) -> list[str]:
+    """Write a torch checkpoint. Returns what a person should know, in sentences.
+
+    layout: "official" or "huggingface"; None: the one that the weights came in. out: a `.pt` or
+    `.safetensors` file; a transformers export to any other name is a folder with `config.json` beside.
+    prefix: what stands before the detector's names; None: as it was, and as the layout has it.
+    Raises FileError, after which nothing was written.
+    """
+    layout = layout or folder.source.get("layout", "official")
+    if layout not in LAYOUTS:
+        raise FileError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    tensors, rest = assemble(folder, layout, prefix=prefix, detector_only=detector_only)
+    tensors, out = cast(tensors, dtype), Path(out)
+    lines = [
+        f"{out}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes, {layout} layout"
+    ]
+    if rest:
+        lines.append(f"kept beside, for the way back: {', '.join(rest)}")
+    if layout == "huggingface" and out.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+        _write_folder(out, folder, tensors, rest)
+    else:
+        write_checkpoint(out, tensors, rest)
+    return lines
+
+
+def assemble(
+    folder: ModelFolder, layout: str, *, prefix: str | None = None, detector_only: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of an export by their final names, and carried ones that the layout has no place for."""
+    config, carried = folder.config, folder.carried
+    inside = torch_tensors(folder.leaves, config, carried)
+    others = {} if detector_only else {
+        name: t for name, t in carried.items() if tracker.is_tracker(name) or name.startswith(INTERACTIVE)
+    }  # fmt: skip
+    neck = {n: t for n, t in others.items() if n.startswith(tracker.NECK_OFFICIAL)}
+    outside = {n: t for n, t in others.items() if n not in neck}
+    before = _prefix(folder, layout, bool(outside)) if prefix is None else prefix
+    wrapper = before.removesuffix(DETECTOR[layout])
+    used = set(inside) | set(others)
+    if layout == "official":
+        inside |= neck | _rope(config, carried)
+        used |= set(inside) | {CLASS_POSITION}
+        alien = {
+            n: t for n, t in outside.items() if n.startswith((tracker.HUGGINGFACE, "tracker_neck."))
+        }
+        out = {before + name: t for name, t in inside.items()}
+        out |= {
+            _outside(name, before, wrapper): t for name, t in outside.items() if name not in alien
+        }
+        rest = alien
+    else:
+        inside, dropped = to_huggingface(inside)
+        translated, rest = tracker.to_huggingface(neck | outside)
+        out = {before + name: t for name, t in inside.items()}
+        out |= {wrapper + name: t for name, t in translated.items()}
+        # Invented ones (zeros, or the class position of a transformers checkpoint) are not worth keeping.
+        known = folder.source.get("layout") == "official" or CLASS_POSITION in carried
+        rest |= {
+            n: t for n, t in dropped.items() if n in carried or (n == CLASS_POSITION and known)
+        }
+    rest |= {n: t for n, t in carried.items() if n not in used and not tracker.is_tracker(n)}
+    return out, {} if detector_only else rest
+
+
+def _outside(name: str, before: str, wrapper: str) -> str:
+    """An interactive predictor is part of the image model; the tracker stands beside the detector."""
+    return before + name if name.startswith(INTERACTIVE) else wrapper + name
+
+
+def _prefix(folder: ModelFolder, layout: str, tracked: bool) -> str:
+    source = folder.source
+    if source.get("layout") == layout:
+        return source.get("wrapper", "") + source.get("detector", "")
+    return DETECTOR[layout] if tracked or source.get("detector") else ""
+
+
+def _rope(config: ModelConfig, carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tables where they are of this picture size, else new ones."""
+    tables = rope_tables(config)
+    stored = {name: carried[name] for name in tables if name in carried}
+    return {
+        name: stored[name] if name in stored and stored[name].shape == t.shape else t
+        for name, t in tables.items()
+    }
+
+
+def _merged(kernel: Tensor, adapter: Adapter) -> Tensor:
+    depth = adapter.scale.ndim
+
+    def get(slot: tuple[int, ...]) -> np.ndarray:
+        base = kernel.read(slot[:depth])
+        array = (np.asarray(base, np.float32) + adapter.delta(slot[:depth])).astype(base.dtype)
+        return array[slot[depth:]]
+
+    return Tensor(kernel.shape, kernel.dtype, get)
+
+
+def _write_folder(
+    out: Path, folder: ModelFolder, tensors: Mapping[str, Tensor], rest: Mapping[str, Tensor]
+) -> None:
+    if out.is_file():
+        raise FileError(
+            f"{out} is a file: give the name of a folder, or one that ends in .safetensors"
+        )
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise FileError(f"{out} exists and holds other things: give another --out, or remove it")
+    shapes = {name: t.shape for name, t in tensors.items()}
+    config: dict[str, Any] = huggingface_config(folder.config, shapes)
+    with whole(out, sum(t.nbytes for t in (*tensors.values(), *rest.values()))) as temporary:
+        temporary.mkdir()
+        write_checkpoint(temporary / "model.safetensors", tensors, rest)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        if folder.tokenizer is not None:
+            (temporary / "tokenizer.json").write_text(folder.tokenizer, "utf-8")

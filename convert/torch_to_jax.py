@@ -1,0 +1,211 @@
+"""Torch checkpoint -> model folder; and what `inspect` says of a checkpoint or model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.files import Checkpoint, read_checkpoint
+from convert.names import Layout, Sorted, sort_tensors
+from convert.sizes import infer_config, missing_dead
+from convert.weights import ConversionError, flax_tensors
+from sam3jax.config import ModelConfig
+from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer, build_clip_tokenizer
+from sam3jax.model_folder import save_model_folder
+from sam3jax.tensor_file import DTYPES, FileError, Tensor, is_float
+
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+CLIP_VOCABULARY = 49408
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A checkpoint understood: its tensors by use, the configuration, and remarks in words."""
+
+    checkpoint: Checkpoint
+    sorted: Sorted
+    config: ModelConfig
+    notes: tuple[str, ...]
+
+
+def understand(src: str | Path, overrides: Mapping[str, Any] | None = None) -> Reading:
+    """Open a checkpoint, tell its layout and its size. Reads no weights.
+
+    Raises FileError or ConversionError in words.
+    """
+    checkpoint = read_checkpoint(src)
+    sorted_ = sort_tensors(checkpoint.tensors, checkpoint.carried)
+    config, notes = infer_config(
+        sorted_.live,
+        sorted_.carried,
+        layout=sorted_.layout.kind,
+        written=checkpoint.config,
+        overrides=overrides,
+    )
+    if checkpoint.ignored:
+        notes.append(
+            f"beside the weights the file holds, left out: {', '.join(checkpoint.ignored)}"
+        )
+    return Reading(checkpoint, sorted_, config, tuple(notes))
+
+
+def torch_to_jax(
+    src: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Write the model folder of a checkpoint. Returns what a person should know, in sentences.
+
+    dtype: of every float ("float32", "bfloat16", "float16"); None: as stored. tokenizer: a
+    `tokenizer.json` or CLIP's merges file; None: the one beside the checkpoint, or one that is installed.
+    Raises FileError or ConversionError, after which nothing was written.
+    """
+    reading = understand(src, overrides)
+    leaves = flax_tensors(reading.sorted.live, reading.config, surplus=reading.sorted.unknown)
+    carried = reading.sorted.carried
+    text, origin = find_tokenizer(reading.config, tokenizer or reading.checkpoint.tokenizer)
+    layout = reading.sorted.layout
+    source = {
+        "file": reading.checkpoint.path.name,
+        "layout": layout.kind,
+        "wrapper": layout.wrapper,
+        "detector": layout.detector,
+    }
+    save_model_folder(
+        out, reading.config, cast(leaves, dtype), text, carried=cast(carried, dtype), source=source
+    )
+    return [
+        f"{out}: {_count(leaves)} from {len(reading.sorted.live)} tensors, {_count(carried)} carried, {_dtypes(leaves, dtype)}",
+        f"vocabulary: {origin}",
+        *reading.notes,
+    ]
+
+
+def find_tokenizer(config: ModelConfig, source: str | Path | None) -> tuple[str | None, str]:
+    """The text of a `tokenizer.json` for a text tower, and where it is from.
+
+    Raises FileError where the given vocabulary does not fit the tower.
+    """
+    if source is None and config.vocab_size == 1024:
+        return build_byte_tokenizer(config.vocab_size), "the built-in one of 1,024 tokens"
+    origin = str(source)
+    if source is None:
+        source, origin = _installed_vocabulary(), "CLIP's, from the installed open_clip"
+        if source is None or config.vocab_size != CLIP_VOCABULARY:
+            return None, (
+                "NONE: give --tokenizer FILE (the tokenizer.json beside the checkpoint, or CLIP's "
+                "bpe_simple_vocab_16e6.txt.gz); the folder cannot read phrases without it"
+            )
+    path = Path(source)
+    if not path.is_file():
+        raise FileError(f"there is no tokenizer file {path}")
+    try:
+        text = path.read_text("utf-8") if path.suffix == ".json" else build_clip_tokenizer(path)
+        size = Tokenizer(text, config.text_length).vocab_size
+    except (ValueError, UnicodeDecodeError) as error:
+        raise FileError(str(error)) from error
+    if size > config.vocab_size:
+        raise FileError(
+            f"{path} has {size:,} tokens, the checkpoint's text tower {config.vocab_size:,}: it is another model's"
+        )
+    return text, origin
+
+
+def _installed_vocabulary() -> Path | None:
+    spec = importlib.util.find_spec("open_clip")
+    folders = spec.submodule_search_locations if spec else None
+    file = Path(folders[0]) / "bpe_simple_vocab_16e6.txt.gz" if folders else None
+    return file if file and file.is_file() else None
+
+
+def cast(tensors: Mapping[Any, Tensor], dtype: str | None) -> dict[Any, Tensor]:
+    """The floats among the tensors in another dtype."""
+    if dtype is None:
+        return dict(tensors)
+    if dtype not in FLOATS:
+        raise ConversionError(f"dtype {dtype!r}: expected one of {', '.join(FLOATS)}")
+    target = DTYPES[FLOATS[dtype]]
+    return {n: t.astype(target) if is_float(t.dtype) else t for n, t in tensors.items()}
+
+
+def describe(src: str | Path, overrides: Mapping[str, Any] | None = None) -> list[str]:
+    """What a checkpoint holds, in lines: layout, size, tensors used, carried, unknown, missing, dtypes."""
+    reading = understand(src, overrides)
+    live, carried, unknown = reading.sorted.live, reading.sorted.carried, reading.sorted.unknown
+    problems = []
+    try:
+        flax_tensors(live, reading.config, surplus=unknown)
+    except ConversionError as error:
+        problems = [f"PROBLEM: {error}"]
+    zeros = missing_dead(reading.config, carried)
+    return [
+        f"{reading.checkpoint.path}: {layout_name(reading.sorted.layout)}, {reading.checkpoint.nbytes:,} bytes",
+        f"used: {len(live)} tensors, {_count(live)}",
+        f"carried: {len(carried)} tensors, {_count(carried)}{_groups(carried)}",
+        f"unknown: {len(unknown)} tensors{_listed(unknown)}",
+        f"missing: {len(_missing(reading))} tensors{_listed(_missing(reading))}",
+        *([f"absent, without effect: {len(zeros)} tensors{_listed(zeros)}"] if zeros else []),
+        f"dtypes: {_dtypes({**live, **carried}, None)}",
+        f"size: {size_line(reading.config)}",
+        *reading.notes,
+        *problems,
+    ]
+
+
+def _missing(reading: Reading) -> list[str]:
+    from convert.keymap import entries
+
+    return [
+        n
+        for n in dict.fromkeys(e.torch for e in entries(reading.config))
+        if n not in reading.sorted.live
+    ]
+
+
+def layout_name(layout: Layout) -> str:
+    """The layout in words."""
+    kind = "published (official)" if layout.kind == "official" else "transformers (huggingface)"
+    prefix = layout.wrapper + layout.detector
+    return f"{kind} layout, " + (f"detector behind {prefix!r}" if prefix else "bare detector")
+
+
+def size_line(c: ModelConfig) -> str:
+    """The sizes that matter, in a line."""
+    return (
+        f"pictures {c.image_size} px, patch {c.patch_size}; ViT {c.vit_stages * c.vit_stage_blocks} x {c.vit_dim} "
+        f"({c.vit_heads} heads, window {c.window_size}); text {c.text_layers} x {c.text_dim} ({c.text_heads} heads, "
+        f"{c.vocab_size:,} tokens); width {c.dim}, fusion {c.fusion_layers}, decoder {c.decoder_layers}, {c.queries} queries"
+    )
+
+
+def _count(tensors: Mapping[Any, Tensor]) -> str:
+    return f"{sum(int(np.prod(t.shape)) for t in tensors.values()):,} parameters"
+
+
+def _dtypes(tensors: Mapping[Any, Tensor], dtype: str | None) -> str:
+    names = Counter(
+        dtype if dtype and is_float(t.dtype) else str(t.dtype) for t in tensors.values()
+    )
+    return ", ".join(f"{name} ({n})" if len(names) > 1 else name for name, n in names.most_common())
+
+
+def _groups(carried: Mapping[str, Tensor]) -> str:
+    groups = Counter(
+        "tracker" if n.startswith(("tracker", "inst_interactive")) else "second neck" if ".sam2_convs." in n
+        else "RoPE tables" if n.endswith("freqs_cis") else "dead"
+        for n in carried
+    )  # fmt: skip
+    return f" ({', '.join(f'{name} {n}' for name, n in groups.items())})" if groups else ""
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    return f": {', '.join(names)}" if names else ""

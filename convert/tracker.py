@@ -1,0 +1,178 @@
+"""Names of the tracker and the second neck: official <-> transformers.
+
+The detector does not use them; they are carried, and translated so that a whole checkpoint can change
+its layout. Facts from transformers' Sam3VideoModel and the published state dict; nothing here is
+turned or scaled, only renamed. Two exceptions: transformers holds the four point embeddings in one
+table, and the prompt encoder's random frequencies a second time as `shared_image_embedding` (dropped where it is the same, as it is).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from convert.keymap import NECK, NECK_HUGGINGFACE, TABLE
+from sam3jax.tensor_file import Tensor
+
+OFFICIAL, HUGGINGFACE = "tracker.", "tracker_model."
+NECK_OFFICIAL, NECK_TRANSFORMERS = "backbone.vision_backbone.sam2_convs", "tracker_neck.fpn_layers"
+_FREQUENCIES = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+_SHARED = "shared_image_embedding.positional_embedding"
+_POINTS = "sam_prompt_encoder.point_embeddings.{i}.weight", "prompt_encoder.point_embed.weight"
+_STACK = 16  # more layers than any stack of the tracker has
+
+# Whole names, or owners of `.weight` and `.bias`; {i} numbers layers.
+_NAMES: tuple[tuple[str, str], ...] = (
+    ("maskmem_tpos_enc", "memory_temporal_positional_encoding"),
+    ("no_mem_embed", "no_memory_embedding"),
+    ("no_mem_pos_enc", "no_memory_positional_encoding"),
+    ("no_obj_ptr", "no_object_pointer"),
+    ("no_obj_embed_spatial", "occlusion_spatial_embedding_parameter"),
+    ("mask_downsample", "mask_downsample"),
+    ("obj_ptr_tpos_proj", "temporal_positional_encoding_projection_layer"),
+    ("maskmem_backbone.mask_downsampler.encoder.12", "memory_encoder.mask_downsampler.final_conv"),
+    ("maskmem_backbone.pix_feat_proj", "memory_encoder.feature_projection"),
+    ("maskmem_backbone.out_proj", "memory_encoder.projection"),
+    ("transformer.encoder.norm", "memory_attention.layer_norm"),
+    (_FREQUENCIES, "prompt_encoder.shared_embedding.positional_embedding"),
+    ("sam_prompt_encoder.not_a_point_embed", "prompt_encoder.not_a_point_embed"),
+    ("sam_prompt_encoder.no_mask_embed", "prompt_encoder.no_mask_embed"),
+    ("sam_prompt_encoder.mask_downscaling.0", "prompt_encoder.mask_embed.conv1"),
+    ("sam_prompt_encoder.mask_downscaling.1", "prompt_encoder.mask_embed.layer_norm1"),
+    ("sam_prompt_encoder.mask_downscaling.3", "prompt_encoder.mask_embed.conv2"),
+    ("sam_prompt_encoder.mask_downscaling.4", "prompt_encoder.mask_embed.layer_norm2"),
+    ("sam_prompt_encoder.mask_downscaling.6", "prompt_encoder.mask_embed.conv3"),
+    *((f"sam_mask_decoder.{n}", f"mask_decoder.{n}") for n in ("iou_token", "mask_tokens", "obj_score_token", "conv_s0", "conv_s1")),
+    ("sam_mask_decoder.output_upscaling.0", "mask_decoder.upscale_conv1"),
+    ("sam_mask_decoder.output_upscaling.1", "mask_decoder.upscale_layer_norm"),
+    ("sam_mask_decoder.output_upscaling.3", "mask_decoder.upscale_conv2"),
+    ("sam_mask_decoder.transformer.norm_final_attn", "mask_decoder.transformer.layer_norm_final_attn"),
+)  # fmt: skip
+
+
+def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Carried tensors of the transformers layout by their official names; unknown ones as they are."""
+    back = {new: old for old, new in _table().items()}
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name == HUGGINGFACE + _POINTS[1]:
+            for i in range(tensor.shape[0]):
+                out[OFFICIAL + _POINTS[0].format(i=i)] = _row(tensor, i)
+        else:
+            out[_renamed(name, back)] = tensor
+    twin, original = out.get(HUGGINGFACE + _SHARED), out.get(OFFICIAL + _FREQUENCIES)
+    if twin and original and np.array_equal(twin.read(), original.read()):
+        del out[HUGGINGFACE + _SHARED]
+    return out
+
+
+def to_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Carried official tensors by their transformers names, and those that have none."""
+    out: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    points: list[Tensor] = []
+    for name, tensor in tensors.items():
+        new = _renamed(name, _table())
+        if re.fullmatch(
+            re.escape(OFFICIAL) + r"sam_prompt_encoder\.point_embeddings\.\d+\.weight", name
+        ):
+            points.append(tensor)
+        elif new != name or name.startswith((HUGGINGFACE, "tracker_neck.")):
+            out[new] = tensor
+        else:
+            rest[name] = tensor
+    if points:
+        shape = (len(points), *points[0].shape[1:])
+        join = lambda slot: np.concatenate([p.read() for p in points])[slot]
+        out[HUGGINGFACE + _POINTS[1]] = Tensor(shape, points[0].dtype, join)
+    frequencies = HUGGINGFACE + dict(_NAMES)[_FREQUENCIES]
+    if frequencies in out:
+        out.setdefault(HUGGINGFACE + _SHARED, out[frequencies])
+    return out, rest
+
+
+def is_tracker(name: str) -> bool:
+    """Whether a carried tensor belongs to the tracker or its neck, in either layout."""
+    return name.startswith((OFFICIAL, HUGGINGFACE, NECK_OFFICIAL, "tracker_neck."))
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    if name in table:
+        return table[name]
+    owner, dot, leaf = name.rpartition(".")
+    return (
+        f"{table[owner]}.{leaf}" if dot and leaf in ("weight", "bias") and owner in table else name
+    )
+
+
+@functools.cache
+def _table() -> dict[str, str]:
+    table = {OFFICIAL + old: HUGGINGFACE + new for old, new in (*_NAMES, *_layers())}
+    for old, new, *_ in (
+        *TABLE,
+        (f"{NECK}.3.conv_1x1", f"{NECK_HUGGINGFACE}.3.proj1"),
+        (f"{NECK}.3.conv_3x3", f"{NECK_HUGGINGFACE}.3.proj2"),
+    ):
+        if old.startswith(NECK):
+            table[old.replace(NECK, NECK_OFFICIAL)] = new.replace(
+                NECK_HUGGINGFACE, NECK_TRANSFORMERS
+            )
+    return table
+
+
+def _layers() -> Iterator[tuple[str, str]]:
+    def attention(old: str, new: str) -> Iterator[tuple[str, str]]:
+        for part in ("q_proj", "k_proj", "v_proj"):
+            yield f"{old}.{part}", f"{new}.{part}"
+        yield f"{old}.out_proj", f"{new}.o_proj"
+
+    def mlp(old: str, new: str) -> Iterator[tuple[str, str]]:
+        for i, name in enumerate(("proj_in", "layers.0", "proj_out")):
+            yield f"{old}.layers.{i}", f"{new}.{name}"
+
+    for i in range(_STACK):
+        old, new = f"transformer.encoder.layers.{i}", f"memory_attention.layers.{i}"
+        for part in ("self_attn", "cross_attn_image"):
+            yield from attention(f"{old}.{part}", f"{new}.{part}")
+        yield from ((f"{old}.linear{k}", f"{new}.linear{k}") for k in (1, 2))
+        yield from ((f"{old}.norm{k}", f"{new}.layer_norm{k}") for k in (1, 2, 3))
+
+        old, new = (
+            f"sam_mask_decoder.transformer.layers.{i}",
+            f"mask_decoder.transformer.layers.{i}",
+        )
+        for part in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+            yield from attention(f"{old}.{part}", f"{new}.{part}")
+        yield f"{old}.mlp.lin1", f"{new}.mlp.proj_in"
+        yield f"{old}.mlp.lin2", f"{new}.mlp.proj_out"
+        yield from ((f"{old}.norm{k}", f"{new}.layer_norm{k}") for k in (1, 2, 3, 4))
+
+        old, new = f"maskmem_backbone.fuser.layers.{i}", f"memory_encoder.memory_fuser.layers.{i}"
+        yield f"{old}.gamma", f"{new}.scale"
+        yield f"{old}.norm", f"{new}.layer_norm"
+        yield f"{old}.dwconv", f"{new}.depthwise_conv"
+        yield from ((f"{old}.pwconv{k}", f"{new}.pointwise_conv{k}") for k in (1, 2))
+
+        yield from mlp(
+            f"sam_mask_decoder.output_hypernetworks_mlps.{i}",
+            f"mask_decoder.output_hypernetworks_mlps.{i}",
+        )
+    for i in range(4):
+        old, new = (
+            "maskmem_backbone.mask_downsampler.encoder",
+            f"memory_encoder.mask_downsampler.layers.{i}",
+        )
+        yield f"{old}.{3 * i}", f"{new}.conv"
+        yield f"{old}.{3 * i + 1}", f"{new}.layer_norm"
+    decoder = "sam_mask_decoder.transformer.final_attn_token_to_image"
+    yield from attention(decoder, decoder.removeprefix("sam_"))
+    for name in ("iou_prediction_head", "pred_obj_score_head"):
+        yield from mlp(f"sam_mask_decoder.{name}", f"mask_decoder.{name}")
+    yield from mlp("obj_ptr_proj", "object_pointer_proj")
+
+
+def _row(tensor: Tensor, i: int) -> Tensor:
+    return Tensor((1, *tensor.shape[1:]), tensor.dtype, lambda slot: tensor.read()[i : i + 1][slot])
