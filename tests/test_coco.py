@@ -165,6 +165,14 @@ def test_box_only_data_pass_and_one_category_without_masks_does_not(tmp_path):
     assert open_datasets(config)[1] is None
 
 
+def test_training_data_without_annotations_or_path_are_refused(tmp_path):
+    write(tmp_path / "d", [])
+    with pytest.raises(DataError, match=r"no usable annotation.*sam3jax\.doctor"):
+        open_datasets(parse_config({"data": {"train": str(tmp_path / "d")}}))
+    with pytest.raises(DataError, match=r"set data\.train to a COCO folder, or to shapes"):
+        open_datasets(parse_config({}))
+
+
 # ---- folders
 
 

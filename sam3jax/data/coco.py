@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from sam3jax.data.pictures import DataError, displayed_size
-from sam3jax.data.segmentations import Polygons, Rle, decode_segmentation, read_segmentation
+from sam3jax.data.segmentations import (
+    Polygons,
+    Rle,
+    decode_segmentation,
+    read_segmentation,
+    segmentation_area,
+)
+
+_PHRASE_FIELDS = frozenset(("phrase", "noun_phrase", "caption"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -275,10 +283,10 @@ def _annotation(
     if item["category_id"] not in merged:
         problems["annotation left out: its category is not listed"] += 1
         return None
-    for key in sorted(set(item) & {"phrase", "noun_phrase", "caption"}):
+    for key in _PHRASE_FIELDS & item.keys():
         problems[f"annotation field `{key}` is not used: phrases are category names"] += 1
     image = images[item["image_id"]]
-    segmentation, extent, area = read_segmentation(
+    segmentation, extent = read_segmentation(
         item.get("segmentation"), image.width, image.height, problems
     )
     box = _box(item.get("bbox"), extent, image, problems)
@@ -292,7 +300,7 @@ def _annotation(
         bbox=box,
         segmentation=segmentation,
         iscrowd=bool(item.get("iscrowd", 0)),
-        area=float(stated) if usable else (area or box[2] * box[3]),
+        area=float(stated) if usable else (segmentation_area(segmentation) or box[2] * box[3]),
     )
 
 

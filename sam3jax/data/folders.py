@@ -14,7 +14,14 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from sam3jax.config import Config
-from sam3jax.data.coco import Dataset, load_json, parse_coco, rename_categories, require_masks
+from sam3jax.data.coco import (
+    Dataset,
+    load_json,
+    parse_coco,
+    rename_categories,
+    require_masks,
+    used_categories,
+)
 from sam3jax.data.pictures import DataError, check_pictures
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
@@ -86,6 +93,11 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     if data.train is None:
         raise DataError("no training data: set data.train to a COCO folder, or to shapes")
     train = open_dataset(config, data.train, data.train_split)
+    if not used_categories(train):
+        raise DataError(
+            f"{train.name} has no usable annotation, so there is no phrase to train: see what was "
+            f"read with python -m sam3jax.doctor {data.train}"
+        )
     if data.valid is not None:
         return train, open_dataset(config, data.valid, data.valid_split)
     if data.train == "shapes" or has_split(data.train, data.valid_split):

@@ -30,32 +30,42 @@ def decode_segmentation(segmentation: Polygons | Rle | None, height: int, width:
 
 def read_segmentation(
     value: Any, width: int, height: int, problems: Counter[str]
-) -> tuple[Polygons | Rle | None, Extent | None, float]:
-    """A segmentation that pycocotools can decode, or None; its extent, or None; its area.
+) -> tuple[Polygons | Rle | None, Extent | None]:
+    """A segmentation that pycocotools can decode, or None; and its extent, or None.
 
     value: the JSON's `segmentation`. What is left out is counted in `problems`.
     """
     if not value:
-        return None, None, 0.0
+        return None, None
     if isinstance(value, dict):
         return _rle(value, width, height, problems)
     if not isinstance(value, list):
         problems["mask left out: neither polygons nor RLE"] += 1
-        return None, None, 0.0
+        return None, None
     parts = [value] if not isinstance(value[0], list | tuple) else value  # one bare polygon
     polygons = tuple(
         p for part in parts if (p := _polygon(part, width, height, problems)) is not None
     )
     if not polygons:
         problems["mask left out: no polygon with three points"] += 1
-        return None, None, 0.0
-    points = np.concatenate(polygons).reshape(-1, 2)
-    (left, top), (right, bottom) = points.min(0), points.max(0)
+        return None, None
+    points = polygons[0] if len(polygons) == 1 else np.concatenate(polygons)
+    x, y = points[0::2], points[1::2]
+    left, top, right, bottom = x.min(), y.min(), x.max(), y.max()
     if right <= 0 or bottom <= 0 or left >= width or top >= height:
         problems["mask left out: outside the picture"] += 1
-        return None, None, 0.0
+        return None, None
     extent = (max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height))
-    return polygons, tuple(map(float, extent)), sum(_shoelace(p) for p in polygons)
+    return polygons, tuple(map(float, extent))
+
+
+def segmentation_area(segmentation: Polygons | Rle | None) -> float:
+    """Pixels inside, parts of polygons summed; 0 for None."""
+    if segmentation is None:
+        return 0.0
+    if isinstance(segmentation, Mapping):
+        return float(rle_codec.area(segmentation))
+    return sum(_shoelace(polygon) for polygon in segmentation)
 
 
 def _polygon(part: Any, width: int, height: int, problems: Counter[str]) -> np.ndarray | None:
@@ -82,8 +92,8 @@ def _shoelace(polygon: np.ndarray) -> float:
 
 def _rle(
     value: dict, width: int, height: int, problems: Counter[str]
-) -> tuple[Rle | None, tuple | None, float]:
-    none = (None, None, 0.0)
+) -> tuple[Rle | None, Extent | None]:
+    none = (None, None)
     try:
         rows, columns = (int(v) for v in value["size"])
         counts = value["counts"]
@@ -108,12 +118,11 @@ def _rle(
             "size": [height, width],
             "counts": counts if isinstance(counts, bytes) else counts.encode("ascii"),
         }
-    area = float(rle_codec.area(rle))
-    if not area:
+    x, y, w, h = rle_codec.toBbox(rle).tolist()
+    if not w or not h:
         problems["mask left out: RLE without a pixel"] += 1
         return none
-    x, y, w, h = rle_codec.toBbox(rle).tolist()
-    return rle, (x, y, x + w, y + h), area
+    return rle, (x, y, x + w, y + h)
 
 
 def _run_lengths(counts: bytes) -> list[int]:
