@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,33 +76,54 @@ class Detector:
     """
 
     def __init__(self, model: Sam3, config: EvalConfig, *, limit: int | None = None) -> None:
-        limit = limit or config.max_detections
-        self._encode_image = jax.jit(partial(model.apply, method="encode_image"))
-        self._encode_text = jax.jit(partial(model.apply, method="encode_text"))
-
-        def candidates(
-            variables: Variables, image: ImageFeatures, text: TextFeatures, prompts: Prompts
-        ) -> Candidates:
-            outputs = model.apply(variables, image, text, prompts, method="detect")
-            return top_candidates(
-                outputs, limit=limit, nms=config.nms, mask_threshold=config.mask_threshold
-            )
-
-        self._candidates = jax.jit(candidates)
+        self.model = model
+        self._options = _Options(limit or config.max_detections, config.nms, config.mask_threshold)
 
     def encode_image(self, variables: Variables, images: np.ndarray) -> ImageFeatures:
         """images [I, Y, X, 3] uint8, squashed to the model's square."""
-        return self._encode_image(variables, images)
+        return _encode_image(self.model, variables, images)
 
     def encode_text(self, variables: Variables, tokens: np.ndarray) -> TextFeatures:
         """tokens [V, N]."""
-        return self._encode_text(variables, tokens)
+        return _encode_text(self.model, variables, tokens)
 
     def ask(
         self, variables: Variables, image: ImageFeatures, text: TextFeatures, prompts: Prompts
     ) -> Candidates:
         """The strongest detections of B = I * P pairs."""
-        return self._candidates(variables, image, text, prompts)
+        return _ask(self.model, self._options, variables, image, text, prompts)
+
+
+class _Options(NamedTuple):
+    limit: int
+    nms: float | None
+    mask_threshold: float
+
+
+# The model is a static argument: two detectors of one model share what is compiled.
+@partial(jax.jit, static_argnums=0)
+def _encode_image(model: Sam3, variables: Variables, images: jax.Array) -> ImageFeatures:
+    return model.apply(variables, images, method="encode_image")
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_text(model: Sam3, variables: Variables, tokens: jax.Array) -> TextFeatures:
+    return model.apply(variables, tokens, method="encode_text")
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _ask(
+    model: Sam3,
+    options: _Options,
+    variables: Variables,
+    image: ImageFeatures,
+    text: TextFeatures,
+    prompts: Prompts,
+) -> Candidates:
+    outputs = model.apply(variables, image, text, prompts, method="detect")
+    return top_candidates(
+        outputs, limit=options.limit, nms=options.nms, mask_threshold=options.mask_threshold
+    )
 
 
 class BatchDetector:

@@ -99,13 +99,25 @@ def panel(
     height: int = 360,
 ) -> Image.Image:
     """picture | truth | prediction, with captions."""
+    parts = [("picture", ()), ("truth", truth), ("prediction", prediction)]
+    counted = [(f"{name}: {len(i)}" if k else name, i) for k, (name, i) in enumerate(parts)]
+    return panels(picture, counted, title=title, height=height)
+
+
+def panels(
+    picture: Image.Image | np.ndarray,
+    parts: Sequence[tuple[str, Sequence[Instance]]],
+    *,
+    title: str = "",
+    height: int = 360,
+) -> Image.Image:
+    """The same picture several times, each with other instances under its caption."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     # Drawn at the final size: labels that are shrunk cannot be read.
     longer = round(height * max(1.0, image.width / image.height))
     draw = functools.partial(overlay, image, smallest=longer, largest=longer)
-    parts = [("picture", draw(())), (f"truth: {len(truth)}", draw(truth))]
-    parts.append((f"prediction: {len(prediction)}", draw(prediction)))
-    return row(parts, title=title, height=height)
+    drawn = [(caption, draw(instances)) for caption, instances in parts]
+    return row(drawn, title=title, height=height)
 
 
 def row(

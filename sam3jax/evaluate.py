@@ -1,21 +1,49 @@
-"""Evaluation: `python -m sam3jax.evaluate --run RUN`, and the same as a function for the trainer."""
+"""Evaluation: `python -m sam3jax.evaluate --run RUN`, and the same as a function for the trainer.
+
+The command writes into the run folder (or --output)
+
+    evaluation.json    metrics, per-category table, thresholds, score of each picture; with --compare
+                       those of the base model and the differences, with --probe a second data set
+    predictions.json   COCO results (base_predictions.json beside it with --compare)
+    thresholds.json    category -> score threshold, chosen on the run's own validation data only
+    comparison/        with --compare: panels of the pictures where base and tuned differ most
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from sam3jax import draw
 from sam3jax.config import EvalConfig
 from sam3jax.data.coco import Dataset
-from sam3jax.data.loader import EvalBatch
-from sam3jax.detector import BatchDetector, Detector, Variables
+from sam3jax.data.folders import open_dataset, open_datasets
+from sam3jax.data.loader import EvalBatch, make_eval_loader
+from sam3jax.data.pictures import DataError, open_rgb
+from sam3jax.data.prompts import vocabulary
+from sam3jax.detector import (
+    BatchDetector,
+    Detector,
+    LoadedRun,
+    Variables,
+    open_run,
+    write_thresholds,
+)
 from sam3jax.metrics import Evaluation, Pair, measure
 from sam3jax.postprocess import Candidates, full_size
 
 __all__ = ["Detector", "Evaluation", "detections_to_keep", "evaluate_dataset", "predict_dataset"]
+
+_SHOWN = 8  # pictures of a comparison
+_WORSE = 0.05  # of AP50: more than luck
 
 
 def evaluate_dataset(
@@ -101,3 +129,231 @@ def _results(
         asked.add((image.id, category))
         results += found.to_coco(image.id, category)
     return asked, results
+
+
+def evaluate_run(
+    run: LoadedRun, dataset: Dataset, *, base: bool = False, detector: Detector | None = None
+) -> Evaluation:
+    """A run's tuned weights, or those it started from, on a data set. Raises DataError.
+
+    detector: shared between calls, so that the model is compiled once.
+    """
+    config = run.config
+    phrases = vocabulary(config.data, dataset)
+    if long := [p for p in phrases if not run.tokenizer.fits(p)]:
+        raise DataError(
+            f"{dataset.name}: category {long[0]!r} is longer than the {run.tokenizer.length - 2} "
+            f"tokens that this model reads: give it a shorter phrase with data.phrases"
+        )
+    tokens = run.tokenizer(phrases)
+    loader = make_eval_loader(dataset, phrases, tokens, config, targets=False)
+    if detector is None:
+        keep = detections_to_keep(dataset, config.evaluation)
+        detector = Detector(run.model, config.evaluation, limit=keep)
+    variables = run.base_variables if base else run.variables
+    with _progress(f"{'base' if base else 'tuned'} on {dataset.name}", len(loader)) as advance:
+        return evaluate_dataset(
+            detector, variables, loader, dataset, config.evaluation, advance=advance
+        )
+
+
+def summary(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
+    """What evaluation.json holds of one evaluation; pictures worst first."""
+    files = {image.id: str(image.file) for image in dataset.images}
+    pictures = sorted(evaluation.pictures.items(), key=lambda item: item[1])
+    return {
+        "data": dataset.name,
+        "metrics": evaluation.metrics,
+        "per_category": evaluation.per_category,
+        "thresholds": evaluation.thresholds,
+        "pictures": [{"id": i, "file": files[i], "F1": score} for i, score in pictures],
+    }
+
+
+def compare(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """Two summaries of the same data: tuned minus base, by metric, category and picture."""
+
+    def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+        names = [n for n in after if isinstance(after[n], float) and n in before]
+        return {name: after[name] - before[name] for name in names}
+
+    rows = {row["category"]: row for row in base["per_category"]}
+    scores = {picture["id"]: picture["F1"] for picture in base["pictures"]}
+    pictures = [
+        {**p, "base": scores[p["id"]], "difference": p["F1"] - scores[p["id"]]}
+        for p in tuned["pictures"]
+        if p["id"] in scores
+    ]
+    return {
+        "metrics": difference(base["metrics"], tuned["metrics"]),
+        "per_category": {
+            row["category"]: difference(rows[row["category"]], row)
+            for row in tuned["per_category"]
+            if row["category"] in rows
+        },
+        "pictures": sorted(pictures, key=lambda p: -abs(p["difference"]))[:_SHOWN],
+    }
+
+
+def draw_comparison(
+    dataset: Dataset,
+    chosen: Sequence[Mapping[str, Any]],
+    base: Sequence[Mapping[str, Any]],
+    tuned: Sequence[Mapping[str, Any]],
+    threshold: float,
+    folder: Path,
+) -> None:
+    """truth | base | tuned, of the pictures in `chosen`, as PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {image.id: image for image in dataset.images}
+    for number, picture in enumerate(chosen, start=1):
+        record = records[picture["id"]]
+        image = open_rgb(record.file, (record.width, record.height))
+        parts = [("truth", draw.true_instances(record, dataset.categories))]
+        for name, results, score in (
+            ("base", base, picture["base"]),
+            ("tuned", tuned, picture["F1"]),
+        ):
+            here = [r for r in results if r["image_id"] == record.id]
+            found = draw.found_instances(here, dataset.categories, threshold)
+            parts.append((f"{name}: F1 {score:.2f}", found))
+        sheet = draw.panels(image, parts, title=record.file.name)
+        sheet.save(folder / f"{number:02}_{record.file.stem[:60]}.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        run = open_run(options.run)
+        dataset, own = _dataset(run, options.data, options.split)
+        report = evaluate_command(run, dataset, options, own_validation=own)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _print(report)
+    return 0
+
+
+def evaluate_command(
+    run: LoadedRun, dataset: Dataset, options: argparse.Namespace, *, own_validation: bool
+) -> dict[str, Any]:
+    """Evaluate as the options say and write the files; returns what evaluation.json holds."""
+    output = Path(options.output) if options.output else run.path
+    output.mkdir(parents=True, exist_ok=True)
+    probe = open_dataset(run.config, options.probe, options.probe_split) if options.probe else None
+    config = run.config.evaluation
+    keep = max(detections_to_keep(d, config) for d in (dataset, probe or dataset))
+    ask = partial(evaluate_run, run, detector=Detector(run.model, config, limit=keep))
+    found = ask(dataset, base=options.base)
+    report = {
+        "run": str(run.path),
+        "step": run.step,
+        "weights": "base" if options.base else "tuned",
+        **summary(found, dataset),
+    }
+    write_json(output / "predictions.json", found.predictions)
+    if options.compare:
+        before = ask(dataset, base=True)
+        report["base"] = summary(before, dataset)
+        report["compare"] = compare(report["base"], report)
+        write_json(output / "base_predictions.json", before.predictions)
+        chosen = [p for p in report["compare"]["pictures"] if p["difference"]]
+        draw_comparison(
+            dataset, chosen, before.predictions, found.predictions, config.threshold,
+            output / "comparison",
+        )  # fmt: skip
+    if probe is not None:
+        before, after = (summary(ask(probe, base=base), probe) for base in (True, False))
+        report["probe"] = {**after, "base": before, "compare": compare(before, after)}
+    write_json(output / "evaluation.json", report)
+    if own_validation and not options.base:
+        write_thresholds(output, found.thresholds)
+    return report
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None))
+    part.replace(file)
+
+
+def _dataset(run: LoadedRun, data: str | None, split: str | None) -> tuple[Dataset, bool]:
+    """The data set, and whether it is the run's own validation data."""
+    own = run.config.data
+    if data is not None:
+        return open_dataset(run.config, data, split or own.valid_split), False
+    if split in (None, own.valid_split):
+        dataset = open_datasets(run.config)[1]
+        if dataset is None:
+            raise DataError("the run has no validation data: give --data, or --split train")
+        return dataset, True
+    return open_dataset(run.config, own.train, split), False
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    print(f"{report['weights']} (step {report['step']}) on {report['data']}")
+    _print_metrics(report)
+    if "compare" in report:
+        print("pictures where base and tuned differ most (F1):")
+        for p in report["compare"]["pictures"]:
+            print(f"  {p['base']:.3f} -> {p['F1']:.3f}  {p['file']}")
+    if probe := report.get("probe"):
+        print(f"\nprobe: {probe['data']}")
+        _print_metrics(probe)
+        lost = -min(probe["compare"]["metrics"].get(f"{k}/AP50", 0.0) for k in ("bbox", "segm"))
+        print(f"probe AP50 lost: {max(lost, 0.0):.3f}{' - worse than the base' * (lost > _WORSE)}")
+
+
+def _print_metrics(report: Mapping[str, Any]) -> None:
+    before = report.get("base", {}).get("metrics", {})
+    for name, value in report["metrics"].items():
+        change = f"  base {before[name]:.4f}  {value - before[name]:+.4f}" if name in before else ""
+        print(f"  {name:<20} {value:.4f}{change}")
+    rows = {row["category"]: row for row in report.get("base", {}).get("per_category", ())}
+    kind = "segm" if "segm/AP" in report["metrics"] else "bbox"
+    print(f"  {'category':<24} {'n':>5} {'AP':>6} {'AP50':>6} {'F1':>6} {'false':>6} {'cut':>5}")
+    for row in report["per_category"]:
+        cells = [row.get(n) for n in (f"{kind}/AP", f"{kind}/AP50", "F1", "false_alarms")]
+        text = " ".join("     -" if c is None else f"{c:6.3f}" for c in cells)
+        old = rows.get(row["category"], {}).get(f"{kind}/AP")
+        change = f"  base AP {old:.3f}" if old is not None else ""
+        line = f"  {row['category'][:24]:<24} {row['instances']:>5} {text}"
+        print(f"{line} {row['best_threshold']:5.2f}{change}")
+
+
+class _progress:
+    """A progress bar on stderr that stays away from logs."""
+
+    def __init__(self, title: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(title, total=total)
+
+    def __enter__(self) -> Callable[[], None]:
+        self._bar.start()
+        return lambda: self._bar.advance(self._task)
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sam3jax.evaluate", description="Measure a run on a COCO data set."
+    )
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--data", help="COCO folder; default: the run's validation data")
+    parser.add_argument("--split", help="default: the run's validation split")
+    parser.add_argument("--base", action="store_true", help="the model that the run started from")
+    parser.add_argument("--compare", action="store_true", help="base against tuned")
+    parser.add_argument("--probe", metavar="DATA", help="second data set that must not degrade")
+    parser.add_argument("--probe-split", default="valid", metavar="SPLIT")
+    parser.add_argument("--output", help="folder to write into; default: the run folder")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,9 +14,9 @@ from sam3jax.model import Sam3
 from sam3jax.types import Prompts
 
 SIZES = dict(
-    preset="tiny", image_size=84, pretrain_image_size=84, window_size=3, patch_size=14, vit_dim=32,
+    preset="tiny", image_size=42, pretrain_image_size=42, window_size=3, patch_size=14, vit_dim=32,
     vit_stages=1, vit_stage_blocks=2, vit_heads=2, text_dim=32, text_layers=1, text_heads=2, dim=32,
-    ffn=32, heads=4, fusion_layers=1, decoder_layers=2, geometry_layers=1, queries=7,
+    ffn=32, heads=4, fusion_layers=1, decoder_layers=1, geometry_layers=1, queries=7,
 )  # fmt: skip
 
 

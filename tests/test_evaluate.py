@@ -1,0 +1,125 @@
+"""Evaluation end to end with a small model, and the command's files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3jax import evaluate
+from sam3jax.data.folders import read_dataset
+from sam3jax.data.loader import make_eval_loader
+from sam3jax.data.prompts import vocabulary
+from sam3jax.detector import Detector, read_thresholds
+from sam3jax.predict import Predictor
+from tests.small_run import small_run
+
+NAMES = ["red circle", "cat", "blue dog", "tree", "house"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three pictures and five categories, as a Roboflow export; the last picture is empty."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid"):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for k in range(3):
+            width, height = 60 + 7 * k, 50
+            pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / f"{k}.png")
+            images.append({"id": k, "file_name": f"{k}.png", "width": width, "height": height})
+            for category in range(5 if k < 2 else 0):
+                box = [5 + category, 6, 20, 25]
+                x, y, w, h = box
+                corners = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                annotations.append(
+                    {"id": len(annotations), "image_id": k, "category_id": category, "bbox": box,
+                     "segmentation": corners, "area": 500, "iscrowd": 0}
+                )  # fmt: skip
+        raw = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i, "name": n} for i, n in enumerate(NAMES)],
+        }
+        (root / split / "_annotations.coco.json").write_text(json.dumps(raw))
+    return root
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    data = {"train": str(folder), "max_prompts": 2}
+    sections = {"data": data, "evaluation": {"batch_size": 2, "threshold": 0.3}}
+    return small_run(tmp_path / "run", **sections)
+
+
+def test_a_picture_asked_in_several_rows_gets_the_answers_of_each_phrase_alone(run, folder):
+    dataset = read_dataset(folder, "valid")
+    phrases = vocabulary(run.config.data, dataset)
+    tokens = run.tokenizer(phrases)
+    config = run.config.evaluation.model_copy(update={"score_floor": 0.0})
+    detector = Detector(run.model, config)
+    encoded = []
+    real = detector.encode_image
+    detector.encode_image = lambda *a: encoded.append(1) or real(*a)
+    loader = make_eval_loader(dataset, phrases, tokens, run.config, targets=False)
+    found = evaluate.evaluate_dataset(detector, run.variables, loader, dataset, config)
+    assert len(loader) == 5  # 3 pictures x 3 rows of at most 2 prompts
+    assert len(encoded) < len(loader)
+    assert len(found.predictions) == 3 * 5 * 7
+    alone = Predictor(run.model, run.variables, run.tokenizer, config)
+    for image in dataset.images:
+        alone.set_image(image.file)
+        for category, phrase in dataset.categories.items():
+            pair = (image.id, category)
+            ours = [
+                r["score"] for r in found.predictions if (r["image_id"], r["category_id"]) == pair
+            ]
+            np.testing.assert_allclose(ours, alone.predict(phrase, threshold=0).scores, atol=1e-5)
+
+
+def test_only_what_was_asked_is_counted(run, folder):
+    dataset = read_dataset(folder, "valid")
+    phrases = vocabulary(run.config.data, dataset)
+    loader = make_eval_loader(dataset, phrases, run.tokenizer(phrases), run.config)
+    config = run.config.evaluation
+    detector = Detector(run.model, config)
+    found = evaluate.evaluate_dataset(detector, run.variables, loader, dataset, config, batches=1)
+    assert sum(row["instances"] for row in found.per_category) == 4
+    assert set(found.pictures) == {0}
+
+
+def test_the_command_compares_probes_and_stores_thresholds(run, folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+    arguments = ["--run", str(run.path), "--compare", "--probe", str(folder)]
+    assert evaluate.main(arguments) == 0
+    report = json.loads((run.path / "evaluation.json").read_text())
+    base, tuned = report["base"]["metrics"], report["metrics"]
+    assert {"bbox/AP", "segm/AP", "cgF1", "false_alarms", "false_alarms_empty"} <= set(tuned)
+    for name, difference in report["compare"]["metrics"].items():
+        assert difference == pytest.approx(tuned[name] - base[name])
+    assert report["probe"]["metrics"] == tuned  # the same data
+    assert set(read_thresholds(run.path)) == set(NAMES)
+    results = json.loads((run.path / "predictions.json").read_text())
+    assert {r["image_id"] for r in results} <= {0, 1, 2}
+    shown = [p for p in report["compare"]["pictures"] if p["difference"]]
+    assert len(list((run.path / "comparison").glob("*.png"))) == len(shown)
+    printed = capsys.readouterr().out
+    assert "blue dog" in printed
+    assert "probe" in printed
+
+
+def test_base_evaluation_chooses_no_thresholds(run, folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+    assert evaluate.main(["--run", str(run.path), "--base", "--split", "train"]) == 0
+    assert json.loads((run.path / "evaluation.json").read_text())["weights"] == "base"
+    assert read_thresholds(run.path) == {}
+
+
+def test_a_missing_split_is_one_sentence(run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+    assert evaluate.main(["--run", str(run.path), "--split", "holiday"]) == 2
+    assert "holiday" in capsys.readouterr().err
