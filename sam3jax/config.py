@@ -276,6 +276,14 @@ class DataConfig(_Section):
     shapes_train: int = Field(2000, ge=1, description="generated training pictures")
     shapes_valid: int = Field(100, ge=1, description="generated validation pictures")
 
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.visual_probability and not self.exemplars:
+            raise ValueError(
+                "visual_probability asks with boxes, but exemplars is 0: set data.exemplars=1 or more"
+            )
+        return self
+
 
 class OptimConfig(_Section):
     """AdamW with warm-up, decay and clipping."""

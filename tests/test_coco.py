@@ -327,6 +327,17 @@ def test_unstated_sizes_are_those_displayed(tmp_path):
     assert (dataset.images[0].width, dataset.images[0].height) == (40, 60)
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "bmp", "tif"])
+def test_cut_files_are_found_before_training(tmp_path, kind):
+    file = tmp_path / f"0.{kind}"
+    images = [{"id": 0, "file_name": file.name, "width": 60, "height": 40}]
+    write(tmp_path, [annotation(0, 0, 1, (2, 2, 9, 9))], images=images)
+    read_dataset(tmp_path)
+    file.write_bytes(file.read_bytes()[:-300])
+    with pytest.raises(DataError, match=f"0.{kind} cannot be read"):
+        read_dataset(tmp_path)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     values = np.linspace(0, 255, 60 * 40).reshape(40, 60).astype(np.uint8)

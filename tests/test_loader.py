@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from sam3jax.config import parse_config
+from sam3jax.config import ConfigError, parse_config
 from sam3jax.data.coco import DataError, decode_mask
 from sam3jax.data.folders import open_datasets, read_dataset
 from sam3jax.data.loader import make_eval_loader, make_train_loader
@@ -216,6 +216,13 @@ def test_box_only_training_draws_no_masks(dataset):
     batch = next(batches)
     assert batch.targets.num_targets.any()
     assert not batch.targets.mask_valid.any()
+
+
+def test_settings_that_could_not_act_are_refused(dataset):
+    with pytest.raises(ConfigError, match=r"data\.min_size: 200 is larger than .* 168"):
+        loader(dataset, data={"min_size": 200})
+    with pytest.raises(ConfigError, match=r"set data\.exemplars=1"):
+        loader(dataset, data={"visual_probability": 0.5})
 
 
 def test_a_picture_that_breaks_later_is_named(dataset):

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from sam3jax.config import Config
+from sam3jax.config import Config, ConfigError
 from sam3jax.data import prompts as asking
 from sam3jax.data import transforms
 from sam3jax.data.coco import Annotation, Dataset, ImageRecord, decode_mask
@@ -107,8 +107,13 @@ def make_train_loader(
     """Shuffled, augmented batches of config.batch_size pictures, this process's rows of them.
 
     phrases: `vocabulary(...)`; tokens [V, N], one row for each; they become `Batch.tokens`.
-    shapes: default `training_shapes(dataset, config.data)`.
+    shapes: default `training_shapes(dataset, config.data)`. Raises ConfigError and DataError.
     """
+    if (config.data.min_size or 0) > config.model.image_size:
+        raise ConfigError(
+            f"config key data.min_size: {config.data.min_size} is larger than model.image_size "
+            f"{config.model.image_size}; random edges lie between the two"
+        )
     shapes = shapes or asking.training_shapes(dataset, config.data)
     local = _local_size(config.batch_size, process_count, "batch_size")
     order = grain.MapDataset.range(len(dataset.images)).seed(config.seed).shuffle().repeat()

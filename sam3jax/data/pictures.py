@@ -103,9 +103,13 @@ def read_header(file: Path) -> tuple[tuple[int, int], int]:
 
 
 def _looks_complete(file: Path) -> bool:
+    size = file.stat().st_size
     with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - 16))
+        head = stream.read(12)
+        stream.seek(max(0, size - 16))
         tail = stream.read()
+    if head[:4] == b"RIFF":  # WebP states its length
+        return int.from_bytes(head[4:8], "little") + 8 <= size
     return tail.endswith(b"\xff\xd9") or tail.endswith(b"IEND\xaeB`\x82")
 
 
