@@ -22,9 +22,7 @@ from sam3jax.config import PRESETS, ModelConfig
 from sam3jax.tensor_file import Tensor
 
 # What an export to transformers computes differently; its own checkpoints are read with these.
-HUGGINGFACE_SWITCHES = dict(
-    vit_norm_eps=1e-6, geometry_without_boxes=False, clamp_presence=True, point_projections=False
-)
+HUGGINGFACE_SWITCHES = dict(vit_norm_eps=1e-6, geometry_without_boxes=False, clamp_presence=True)
 HEAD_WIDTH = 64  # of both published towers
 
 
@@ -48,8 +46,6 @@ def infer_config(
     if layout == "huggingface":
         found |= HUGGINGFACE_SWITCHES
         found |= _from_written(written or {})
-    elif not any(name.startswith(f"{GEOMETRY}.points_") for name in carried):
-        found["point_projections"] = False
     found |= dict(overrides or {})
     notes: list[str] = []
     if unknown := [key for key in _UNTOLD if key not in found]:
@@ -71,7 +67,12 @@ def infer_config(
     try:
         return ModelConfig(**found), notes
     except ValidationError as error:
-        problems = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+        problems = "; ".join(
+            ".".join(map(str, e["loc"]))
+            + " " * bool(e["loc"])
+            + e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        )
         raise ConversionError(f"the shapes make no detector: {problems}") from None
 
 
