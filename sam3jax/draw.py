@@ -8,6 +8,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,7 @@ def curves(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}):
+    with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": f"chart {title}"}):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.subplots()
         for k, (name, points) in enumerate(series.items()):
@@ -219,6 +220,12 @@ def curves(
         positive = [v for points in series.values() for _, v in points if v > 0]
         if logarithmic and positive:
             axes.set_yscale("log")
+            plain = lambda value, _: f"{value:g}"
+            axes.yaxis.set_major_formatter(plain)
+            few = max(positive) < 10 * min(positive)
+            axes.yaxis.set_minor_formatter(plain if few else lambda *_: "")
+        else:
+            axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if len(series) > 1:
@@ -226,6 +233,11 @@ def curves(
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    )
+    # Black becomes the page's ink, so that the chart can be read on a dark page too.
+    svg = svg.replace("#000000", "currentColor").replace("<text ", '<text fill="currentColor" ')
     return svg[svg.index("<svg") :]
 
 

@@ -245,29 +245,47 @@ def evaluate_command(
     keep = max(detections_to_keep(d, config) for d in (dataset, probe or dataset))
     ask = partial(evaluate_run, run, detector=Detector(run.model, config, limit=keep))
     found = ask(dataset, base=options.base)
-    report = {
+    before = ask(dataset, base=True) if options.compare else None
+    about = {
         "run": str(run.path),
         "step": run.step,
         "weights": "base" if options.base else "tuned",
-        **summary(found, dataset),
+        "threshold": config.threshold,
     }
-    write_json(output / "predictions.json", found.predictions)
-    if options.compare:
-        before = ask(dataset, base=True)
-        report["base"] = summary(before, dataset)
-        report["compare"] = compare(report["base"], report)
-        write_json(output / "base_predictions.json", before.predictions)
-        chosen = [p for p in report["compare"]["pictures"] if p["difference"]]
-        draw_comparison(
-            dataset, chosen, before.predictions, found.predictions, config.threshold,
-            output / "comparison",
-        )  # fmt: skip
+    report = write_evaluation(output, dataset, found, before, about=about)
     if probe is not None:
         before, after = (summary(ask(probe, base=base), probe) for base in (True, False))
         report["probe"] = {**after, "base": before, "compare": compare(before, after)}
-    write_json(output / "evaluation.json", report)
+        write_json(output / "evaluation.json", report)
     if own_validation and not options.base:
         write_thresholds(output, found.thresholds)
+    return report
+
+
+def write_evaluation(
+    output: Path,
+    dataset: Dataset,
+    tuned: Evaluation,
+    base: Evaluation | None = None,
+    *,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write evaluation.json, predictions and, with `base`, the comparison; returns the first.
+
+    about: what goes on top of evaluation.json: run, step, weights, threshold (for drawing).
+    """
+    report = {**about, **summary(tuned, dataset)}
+    write_json(output / "predictions.json", tuned.predictions)
+    if base is not None:
+        report["base"] = summary(base, dataset)
+        report["compare"] = compare(report["base"], report)
+        write_json(output / "base_predictions.json", base.predictions)
+        chosen = [p for p in report["compare"]["pictures"] if p["difference"]]
+        draw_comparison(
+            dataset, chosen, base.predictions, tuned.predictions, about["threshold"],
+            output / "comparison",
+        )  # fmt: skip
+    write_json(output / "evaluation.json", report)
     return report
 
 

@@ -1,0 +1,172 @@
+"""The report: one file, no network, complete, readable on narrow and wide windows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3jax import report
+from sam3jax.data.folders import read_dataset
+from sam3jax.data.pictures import DataError
+from tests.report_case import write_run
+
+NAMES = ["red circle", "<b>odd & bold</b>", "a category of a very long name that has to fit"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid"):
+        (root / "data" / split).mkdir(parents=True)
+        images, annotations = [], []
+        for k in range(6):
+            coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+            name = f"picture {k} & co.png"
+            coarse.resize((320, 240), Image.Resampling.BICUBIC).save(root / "data" / split / name)
+            images.append({"id": k, "file_name": name, "width": 320, "height": 240})
+            for category in range(3):
+                x, y = (float(v) for v in rng.uniform(0, 180, 2))
+                corners = [[x, y, x + 60, y, x + 60, y + 50, x, y + 50]]
+                annotations.append(
+                    {"id": len(annotations), "image_id": k, "category_id": category, "area": 3000,
+                     "bbox": [x, y, 60, 50], "segmentation": corners, "iscrowd": 0}
+                )  # fmt: skip
+        raw = {"images": images, "annotations": annotations}
+        raw["categories"] = [{"id": i, "name": n} for i, n in enumerate(NAMES)]
+        (root / "data" / split / "_annotations.coco.json").write_text(json.dumps(raw))
+    folder = root / "my run"
+    write_run(folder, root / "data", read_dataset(root / "data", "valid"))
+    report.write_report(folder)
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects tags, links and text; complains about tags that are not closed."""
+
+    void = ("meta", "img", "br", "path", "use", "link")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag not in self.void:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self._open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_report_is_whole_and_needs_no_other_file(run):
+    html = (run / "report.html").read_text()
+    page = Page(html)
+    assert all(link.startswith(("#", "data:image/")) for link in page.links)
+    assert "script" not in page.tags
+    assert not re.search(r"url\((?!#)|@import", html)
+    text = " ".join(page.words)
+    for expected in (*NAMES, "my run", "step 2000", "loss/final", "rate", "segm/AP50", "Worst",
+                     "Where base and tuned differ most", "picture 3 & co.png", "learning_rate",
+                     "1,234,567", "instances"):  # fmt: skip
+        assert expected in text, expected
+    assert page.tags.count("img") >= 3 * 6
+    assert page.tags.count("svg") >= 7
+    assert "b" not in [t for t in page.tags if t == "odd"]
+    assert "<b>odd" not in html
+
+
+def test_numbers_are_those_of_the_evaluation(run):
+    found = json.loads((run / "evaluation.json").read_text())
+    html = (run / "report.html").read_text()
+    ap, base = found["metrics"]["segm/AP"], found["base"]["metrics"]["segm/AP"]
+    assert ap > base
+    row = re.search(r"<tr><td>segm/AP</td>(.*?)</tr>", html)[1]
+    assert re.findall(r">([+-]?[\d.]+)<", row) == [f"{base:.3f}", f"{ap:.3f}", f"{ap - base:+.3f}"]
+
+
+def test_curves_survive_repeats_gaps_and_a_line_cut_off(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "split": "train", "loss": 5.0, "loss/final/bbox": None},
+             {"step": 2, "split": "train", "loss": float("nan")},
+             {"step": 3, "split": "train", "loss": 4.0, "note": "text"},
+             {"step": 3, "split": "train", "loss": 3.0},
+             {"step": 3, "split": "valid", "segm/AP": 0.5, "cgF1": 0.25}]  # fmt: skip
+    file.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 4, "lo')
+    charts = report.read_curves(file)
+    assert charts["loss"]["loss"] == [(1, 5.0), (3, 3.0)]
+    assert charts["segm"]["AP"] == [(3, 0.5)]
+    assert charts["concept"]["cgF1 (valid)"] == [(3, 0.25)]
+    assert next(iter(charts)) == "segm"
+    assert report.read_curves(tmp_path / "absent") == {}
+    file.write_text("\n".join(json.dumps({"step": k, "loss": k}) for k in range(5001)))
+    points = report.read_curves(file)["loss"]["loss"]
+    assert len(points) <= 402
+    assert points[0] == (0, 0)
+    assert points[-1] == (5000, 5000)
+
+
+def test_a_bare_run_and_moved_data_still_give_a_report(run, tmp_path):
+    (tmp_path / "bare").mkdir()
+    Page(report.write_report(tmp_path / "bare").read_text())
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("/data", "/elsewhere"))
+    html = report.write_report(copy).read_text()
+    assert "cannot be read any more" in html
+    assert "segm/AP" in html
+
+
+def test_what_is_no_run_folder_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(DataError, match="no run folder"):
+        report.write_report(tmp_path / "nowhere")
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert report.main([]) == 2
+    assert "no run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [500, 1400])
+def test_a_browser_shows_it_without_sideways_scrolling(run, tmp_path, width):
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    probe = """<script>addEventListener("load", () => { document.title =
+        [document.documentElement.scrollWidth, innerWidth,
+         [...document.images].every(i => i.naturalWidth > 0),
+         Math.min(...[...document.querySelectorAll(".chart")].map(c => c.clientWidth))].join() })
+      </script></body>"""
+    file = tmp_path / "probe.html"
+    html = (run / "report.html").read_text().replace('loading="lazy"', "")
+    file.write_text(html.replace("</body>", probe))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-rules=MAP * 0.0.0.0",
+               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+               "--virtual-time-budget=20000", "--dump-dom", file.as_uri()]  # fmt: skip
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.search(r"<title>(.*?)</title>", page)[1]
+    content, window, decoded, chart = title.split(",")
+    assert int(content) <= int(window)
+    assert decoded == "true"
+    assert int(chart) >= 300
