@@ -33,6 +33,7 @@ from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.detector import Detector, Variables, open_run
 from sam3jax.draw import Instance, overlay
 from sam3jax.model import Sam3
+from sam3jax.model_folder import load_model_folder
 from sam3jax.postprocess import Detections, full_size
 from sam3jax.types import ImageFeatures, Prompts, TextFeatures
 
@@ -73,6 +74,12 @@ class Predictor:
         variables = run.base_variables if base else run.variables
         thresholds = {} if base else run.thresholds
         return cls(run.model, variables, run.tokenizer, run.config.evaluation, thresholds)
+
+    @classmethod
+    def from_model_folder(cls, path: str | Path) -> Predictor:
+        """The model as `python -m convert` wrote it, not tuned."""
+        config, params, tokenizer = load_model_folder(path, dtype=np.float32)
+        return cls(Sam3(config), {"params": jax.device_put(params)}, tokenizer)
 
     def set_image(self, picture: str | Path | Image.Image | np.ndarray) -> None:
         """A file, a PIL picture, or an array [Y, X, 3] or [Y, X] of uint8. Raises DataError."""
@@ -217,7 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.phrase and not options.box:
             raise PromptError("nothing to look for: give --phrase, or --box around an example")
         files = find_pictures(options.pictures)
-        predictor = Predictor.from_run(options.run, base=options.base)
+        predictor = (
+            Predictor.from_model_folder(options.model)
+            if options.model
+            else Predictor.from_run(options.run, base=options.base)
+        )
         for phrase in options.phrase or [VISUAL]:
             predictor.check_phrase(phrase)
     except ValueError as error:
@@ -326,7 +337,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sam3jax.predict", description="Find phrases in pictures."
     )
     parser.add_argument("pictures", nargs="+", help="files, folders or globs")
-    parser.add_argument("--run", required=True, help="run folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--model", help="model folder, as python -m convert writes it")
     parser.add_argument("--base", action="store_true", help="the model that the run started from")
     parser.add_argument(
         "--phrase", action="append", default=[], help="what to look for; may be repeated"

@@ -188,6 +188,17 @@ def test_a_folder_of_a_thousand_with_one_corrupt_file(command, tmp_path, capsys)
     assert len({image["id"] for image in record["images"]}) == 999
 
 
+def test_a_model_folder_predicts_what_its_parameters_say(run, predictor, tmp_path):
+    from sam3jax.model_folder import save_model_folder
+
+    folder = tmp_path / "model"
+    save_model_folder(folder, run.config.model, run.variables["params"], run.tokenizer)
+    loaded = Predictor.from_model_folder(folder)
+    for one in (loaded, predictor):
+        one.set_image(photograph(33, 44))
+    assert same(loaded.predict("cat", threshold=0), predictor.predict("cat", threshold=0))
+
+
 def test_overlays_and_coco_json_for_files_globs_and_equal_names(command, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
