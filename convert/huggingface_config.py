@@ -10,10 +10,13 @@ from sam3jax.config import ModelConfig
 
 
 def huggingface_config(
-    c: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None = None
+    c: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    tracker: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Sam3Config of a detector; Sam3VideoConfig where `shapes`, by exported name, hold a tracker.
 
+    tracker: the `tracker_config` that the checkpoint came with; None: the published tracker.
     The ViT's norm epsilon is the model's own. What transformers cannot be told: it runs no geometry
     encoder without boxes and clamps presence logits.
     """
@@ -30,10 +33,7 @@ def huggingface_config(
         "architectures": ["Sam3VideoModel"],
         "model_type": "sam3_video",
         "detector_config": detector,
-        "tracker_config": {
-            "model_type": "sam3_tracker_video",
-            "vision_config": detector["vision_config"],
-        },
+        "tracker_config": dict(tracker or {"model_type": "sam3_tracker_video"}),
     }
 
 
@@ -71,6 +71,8 @@ def _detector(c: ModelConfig, projection: int) -> dict[str, Any]:
             "num_attention_heads": c.text_heads,
             "max_position_embeddings": c.text_length,
             "hidden_act": "gelu",
+            "bos_token_id": c.vocab_size - 2,
+            "eos_token_id": c.vocab_size - 1,
         },
         "geometry_encoder_config": {
             "model_type": "sam3_geometry_encoder",

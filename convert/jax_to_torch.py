@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from convert import tracker
 from convert.files import write_checkpoint
@@ -20,41 +17,6 @@ from convert.weights import LAYOUTS, torch_tensors
 from sam3jax.config import ModelConfig
 from sam3jax.model_folder import ModelFolder
 from sam3jax.tensor_file import FileError, Tensor, whole
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """A low-rank addition to a kernel: scale [*stack], a [*stack, D, R], b [*stack, R, E]."""
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: np.ndarray
-
-    def delta(self, slot: tuple[int, ...] = ()) -> np.ndarray:
-        """scale * a @ b in float32, of all layers or of the one in `slot`."""
-        a, b = (np.asarray(x[slot], np.float32) for x in (self.a, self.b))
-        scale = np.asarray(self.scale[slot], np.float32)
-        return scale[..., None, None] * (a @ b)
-
-
-def merge(
-    leaves: Mapping[tuple[str, ...], Tensor], adapters: Mapping[tuple[str, ...], Adapter]
-) -> dict[tuple[str, ...], Tensor]:
-    """The leaves with each adapter added to the kernel of its layer, when read; dtype kept.
-
-    adapters: by the path of the layer, without `kernel`. Raises FileError where one fits no kernel.
-    """
-    merged = dict(leaves)
-    for path, adapter in adapters.items():
-        kernel = leaves.get((*path, "kernel"))
-        want = (*adapter.a.shape[:-1], adapter.b.shape[-1])
-        if kernel is None or kernel.shape != want:
-            found = "there is none" if kernel is None else f"it is {list(kernel.shape)}"
-            raise FileError(
-                f"the adapter of {'/'.join(path)} needs a kernel of {list(want)}, {found}: is this its base model?"
-            )
-        merged[(*path, "kernel")] = _merged(kernel, adapter)
-    return merged
 
 
 def export(
@@ -119,7 +81,10 @@ def assemble(
         inside, dropped = to_huggingface(inside)
         translated, rest = tracker.to_huggingface(neck | outside)
         out = {before + name: t for name, t in inside.items()}
-        out |= {wrapper + name: t for name, t in translated.items()}
+        again = tracker.HUGGINGFACE if folder.source.get("doubled") else ""
+        for name, t in translated.items():
+            twice = again if name.startswith(tracker.HUGGINGFACE) else ""
+            out[wrapper + twice + name] = t
         # Invented ones (zeros, or the class position of a transformers checkpoint) are not worth keeping.
         known = folder.source.get("layout") == "official" or CLASS_POSITION in carried
         rest |= {
@@ -151,17 +116,6 @@ def _rope(config: ModelConfig, carried: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
-def _merged(kernel: Tensor, adapter: Adapter) -> Tensor:
-    depth = adapter.scale.ndim
-
-    def get(slot: tuple[int, ...]) -> np.ndarray:
-        base = kernel.read(slot[:depth])
-        array = (np.asarray(base, np.float32) + adapter.delta(slot[:depth])).astype(base.dtype)
-        return array[slot[depth:]]
-
-    return Tensor(kernel.shape, kernel.dtype, get)
-
-
 def _write_folder(
     out: Path, folder: ModelFolder, tensors: Mapping[str, Tensor], rest: Mapping[str, Tensor]
 ) -> None:
@@ -172,7 +126,9 @@ def _write_folder(
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise FileError(f"{out} exists and holds other things: give another --out, or remove it")
     shapes = {name: t.shape for name, t in tensors.items()}
-    config: dict[str, Any] = huggingface_config(folder.config, shapes)
+    config: dict[str, Any] = huggingface_config(
+        folder.config, shapes, folder.source.get("tracker_config")
+    )
     with whole(out, sum(t.nbytes for t in (*tensors.values(), *rest.values()))) as temporary:
         temporary.mkdir()
         write_checkpoint(temporary / "model.safetensors", tensors, rest)

@@ -41,11 +41,15 @@ _LIVE_ROOTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """kind: "official" or "huggingface". wrapper and detector: what stands before a detector's name."""
+    """kind: "official" or "huggingface". wrapper and detector: what stands before a detector's name.
+
+    doubled: the tracker's prefix stands twice, as some versions of transformers (5.23) write it.
+    """
 
     kind: str
     wrapper: str = ""
     detector: str = ""
+    doubled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,9 @@ def sort_tensors(
     wrapper = _common_wrapper(tensors)
     bare = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     kind, detector = _recognise(bare)
+    double = 2 * tracker.HUGGINGFACE
+    doubled = any(name.startswith(double) for name in bare)
+    bare = {name.replace(double, tracker.HUGGINGFACE): tensor for name, tensor in bare.items()}
     inside: dict[str, Tensor] = {}
     beside = dict(beside or {})
     carried: dict[str, Tensor] = {}
@@ -96,7 +103,7 @@ def sort_tensors(
             live[name] = tensor
         else:
             unknown.append(wrapper + detector + name)
-    return Sorted(Layout(kind, wrapper, detector), live, beside | carried, tuple(unknown))
+    return Sorted(Layout(kind, wrapper, detector, doubled), live, beside | carried, tuple(unknown))
 
 
 def to_huggingface(

@@ -79,7 +79,10 @@ def torch_to_jax(
         "layout": layout.kind,
         "wrapper": layout.wrapper,
         "detector": layout.detector,
+        "doubled": layout.doubled,
     }
+    if tracker := (reading.checkpoint.config or {}).get("tracker_config"):
+        source["tracker_config"] = tracker
     save_model_folder(
         out, reading.config, cast(leaves, dtype), text, carried=cast(carried, dtype), source=source
     )
