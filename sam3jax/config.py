@@ -179,7 +179,8 @@ class LossConfig(_Section):
     focal_gamma: float = 2.0
     mask_resolution: Literal["target", "prediction"] = Field(
         "target",
-        description="where masks are compared; prediction: targets are shrunk, a sixteenth of the memory",
+        description="where masks are compared; prediction: targets are sampled at the centres of the "
+        "predicted pixels, a twelfth of the memory at full size",
     )
     num_sample_points: int | None = Field(
         None, description="compare masks at sampled uncertain points instead"
@@ -188,7 +189,8 @@ class LossConfig(_Section):
     importance_sample_ratio: float = 0.75
     mask_pairs: int | None = Field(
         None,
-        description="static budget of matched masks per device and step; None: every pair that can occur",
+        description="masks compared per device and step at most, one-to-one first, the rest counted in "
+        "mask_pairs_dropped; None: every matched pair",
     )
     mask_chunk: int = Field(8, ge=1, description="masks drawn at a time")
     # SemanticSegCriterion

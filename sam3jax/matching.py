@@ -7,6 +7,8 @@ no collective, so it may sit inside jit, vmap and shard_map.
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -57,19 +59,37 @@ def hungarian(cost: jax.Array, num_targets: jax.Array) -> jax.Array:
     its own pace. Costs that are not finite count as 1e8.
     """
     chex.assert_rank([cost, num_targets], [3, 1])
-    n, q, t = cost.shape
+    n, _, t = cost.shape
     if t == 0 or n == 0:
         return jnp.zeros((n, t), jnp.int32)
     cost = jax.lax.stop_gradient(cost.astype(jnp.float32))
-    cost = jnp.where(jnp.isfinite(cost), cost, _NOT_FINITE).swapaxes(1, 2)  # [N, T, Q]
     num_targets = num_targets.astype(jnp.int32)
-    if t > q:
+    # Few of many padded targets are real as a rule: only the part that holds them is transposed.
+    sizes = sorted({min(t, size) for size in (16, 64, t)})
+    rung = sum(((num_targets > size).any().astype(jnp.int32) for size in sizes[:-1]), 0)
+    solve = [functools.partial(_solve_first, size) for size in sizes]
+    return (
+        jax.lax.switch(rung, solve, cost, num_targets)
+        if len(solve) > 1
+        else solve[0](cost, num_targets)
+    )
+
+
+def _solve_first(size: int, cost: jax.Array, num_targets: jax.Array) -> jax.Array:
+    """`hungarian` where no problem has more than `size` real targets."""
+    _, q, t = cost.shape
+    # Under vmap a switch runs all of its branches: those for smaller problems must end as well.
+    num_targets = jnp.minimum(num_targets, size)
+    cost = cost[:, :, :size].swapaxes(1, 2)  # [N, size, Q]
+    cost = jnp.where(jnp.isfinite(cost), cost, _NOT_FINITE)
+    if size > q:
         # A problem with more targets than queries gets as many free places as it has targets too
         # many: a square problem, in which every query is used whatever a free place costs.
-        place = jnp.arange(t - q) < (num_targets - q)[:, None]
+        place = jnp.arange(size - q) < (num_targets - q)[:, None]
         places = jnp.where(place[:, None], jnp.zeros_like(cost[..., :1]), jnp.inf)
         cost = jnp.concatenate([cost, places], axis=2)
-    return jnp.minimum(jax.vmap(_shortest_augmenting_paths)(cost, num_targets), q)
+    queries = jnp.minimum(jax.vmap(_shortest_augmenting_paths)(cost, num_targets), q)
+    return jnp.pad(queries, ((0, 0), (0, t - size)), constant_values=q)
 
 
 def _shortest_augmenting_paths(cost: jax.Array, num_rows: jax.Array) -> jax.Array:
