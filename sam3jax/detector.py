@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sam3jax.config import Config, EvalConfig
 from sam3jax.data.tokenizer import Tokenizer
@@ -130,10 +131,14 @@ class BatchDetector:
     """Runs a detector over batches with fixed weights; what was just encoded is not encoded again.
 
     A data set of many categories asks the same picture in several rows, one after the other.
+    Weights that lie on several devices of this process: a batch is spread over them where its
+    pictures divide among them, else one device does the work.
     """
 
     def __init__(self, detector: Detector, variables: Variables) -> None:
         self._detector, self._variables = detector, variables
+        self._mesh = _mesh_of(variables)
+        self._placed: tuple[Variables, Sharding | None] | None = None
         self._tokens: np.ndarray | None = None
         self._text: TextFeatures | None = None
         self._ids: np.ndarray | None = None
@@ -141,14 +146,40 @@ class BatchDetector:
 
     def __call__(self, batch: Batch) -> Candidates:
         tokens, ids = np.asarray(batch.tokens), np.asarray(batch.image_id)
+        if self._placed is None:  # batches of a loader are of one size
+            self._placed = _place(self._variables, self._mesh, len(ids))
+        variables, rows = self._placed
+        put = lambda tree: tree if rows is None else jax.device_put(tree, rows)
         if self._tokens is None or not np.array_equal(tokens, self._tokens):
-            self._text = self._detector.encode_text(self._variables, tokens)
+            self._text = self._detector.encode_text(variables, tokens)
             self._tokens = tokens
         if self._ids is None or not np.isin(ids, self._ids).all():
-            self._image = self._detector.encode_image(self._variables, batch.images)
+            self._image = self._detector.encode_image(variables, put(batch.images))
             self._ids = ids
         elif not np.array_equal(ids, self._ids):
-            rows = jnp.asarray([int(np.flatnonzero(self._ids == i)[0]) for i in ids])
-            self._image = jax.tree.map(lambda level: level[rows], self._image)
+            chosen = jnp.asarray([int(np.flatnonzero(self._ids == i)[0]) for i in ids])
+            self._image = put(jax.tree.map(lambda level: level[chosen], self._image))
             self._ids = ids
-        return self._detector.ask(self._variables, self._image, self._text, batch.prompts)
+        return self._detector.ask(variables, self._image, self._text, put(batch.prompts))
+
+
+def _mesh_of(variables: Variables) -> Mesh | None:
+    """The mesh over which weights are replicated, None where they lie on one device."""
+    for leaf in jax.tree.leaves(variables):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh if sharding.is_fully_replicated else None
+    return None
+
+
+def _place(
+    variables: Variables, mesh: Mesh | None, pictures: int
+) -> tuple[Variables, Sharding | None]:
+    """Weights as this process uses them, and how the rows of a batch are spread (None: not)."""
+    if mesh is None:
+        return variables, None
+    if jax.process_count() == 1 and pictures % mesh.size == 0:
+        return variables, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    # Each process asks about pictures of its own, so it computes with its own copy.
+    own = lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+    return jax.tree.map(own, variables), None

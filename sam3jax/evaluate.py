@@ -22,12 +22,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3jax import draw
+from sam3jax.comparison import compare, summary, write_evaluation, write_json
 from sam3jax.config import EvalConfig
 from sam3jax.data.coco import Dataset
 from sam3jax.data.folders import open_dataset, open_datasets
 from sam3jax.data.loader import EvalBatch, make_eval_loader
-from sam3jax.data.pictures import DataError, open_rgb
+from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import vocabulary
 from sam3jax.detector import (
     BatchDetector,
@@ -42,7 +42,6 @@ from sam3jax.postprocess import Candidates, full_size
 
 __all__ = ["Detector", "Evaluation", "detections_to_keep", "evaluate_dataset", "predict_dataset"]
 
-_SHOWN = 8  # pictures of a comparison
 _WORSE = 0.05  # of AP50: more than luck
 
 
@@ -69,6 +68,7 @@ def evaluate_dataset(
         asked |= pairs
         predictions += found
         advance()
+    asked, predictions = _of_all_processes(asked, predictions)
     return measure(
         dataset, predictions, threshold=config.threshold, thresholds=thresholds, asked=asked
     )
@@ -131,6 +131,27 @@ def _results(
     return asked, results
 
 
+def _of_all_processes(
+    asked: set[Pair], predictions: list[dict[str, Any]]
+) -> tuple[set[Pair], list[dict[str, Any]]]:
+    """Every process asks about its own pictures; afterwards each knows all answers."""
+    if jax.process_count() == 1:
+        return asked, predictions
+    from jax.experimental import multihost_utils
+
+    own = np.frombuffer(json.dumps([sorted(asked, key=str), predictions]).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(own.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: own.size] = own
+    parts = multihost_utils.process_allgather(padded)  # [processes, bytes]
+    asked, predictions = set(), []
+    for part, size in zip(parts, sizes.tolist(), strict=True):
+        pairs, results = json.loads(part[:size].tobytes())
+        asked |= {(image, category) for image, category in pairs}
+        predictions += results
+    return asked, predictions
+
+
 def evaluate_run(
     run: LoadedRun, dataset: Dataset, *, base: bool = False, detector: Detector | None = None
 ) -> Evaluation:
@@ -155,70 +176,6 @@ def evaluate_run(
         return evaluate_dataset(
             detector, variables, loader, dataset, config.evaluation, advance=advance
         )
-
-
-def summary(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
-    """What evaluation.json holds of one evaluation; pictures worst first."""
-    files = {image.id: str(image.file) for image in dataset.images}
-    pictures = sorted(evaluation.pictures.items(), key=lambda item: item[1])
-    return {
-        "data": dataset.name,
-        "metrics": evaluation.metrics,
-        "per_category": evaluation.per_category,
-        "thresholds": evaluation.thresholds,
-        "pictures": [{"id": i, "file": files[i], "F1": score} for i, score in pictures],
-    }
-
-
-def compare(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """Two summaries of the same data: tuned minus base, by metric, category and picture."""
-
-    def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-        names = [n for n in after if isinstance(after[n], float) and n in before]
-        return {name: after[name] - before[name] for name in names}
-
-    rows = {row["category"]: row for row in base["per_category"]}
-    scores = {picture["id"]: picture["F1"] for picture in base["pictures"]}
-    pictures = [
-        {**p, "base": scores[p["id"]], "difference": p["F1"] - scores[p["id"]]}
-        for p in tuned["pictures"]
-        if p["id"] in scores
-    ]
-    return {
-        "metrics": difference(base["metrics"], tuned["metrics"]),
-        "per_category": {
-            row["category"]: difference(rows[row["category"]], row)
-            for row in tuned["per_category"]
-            if row["category"] in rows
-        },
-        "pictures": sorted(pictures, key=lambda p: -abs(p["difference"]))[:_SHOWN],
-    }
-
-
-def draw_comparison(
-    dataset: Dataset,
-    chosen: Sequence[Mapping[str, Any]],
-    base: Sequence[Mapping[str, Any]],
-    tuned: Sequence[Mapping[str, Any]],
-    threshold: float,
-    folder: Path,
-) -> None:
-    """truth | base | tuned, of the pictures in `chosen`, as PNG."""
-    folder.mkdir(parents=True, exist_ok=True)
-    records = {image.id: image for image in dataset.images}
-    for number, picture in enumerate(chosen, start=1):
-        record = records[picture["id"]]
-        image = open_rgb(record.file, (record.width, record.height))
-        parts = [("truth", draw.true_instances(record, dataset.categories))]
-        for name, results, score in (
-            ("base", base, picture["base"]),
-            ("tuned", tuned, picture["F1"]),
-        ):
-            here = [r for r in results if r["image_id"] == record.id]
-            found = draw.found_instances(here, dataset.categories, threshold)
-            parts.append((f"{name}: F1 {score:.2f}", found))
-        sheet = draw.panels(image, parts, title=record.file.name)
-        sheet.save(folder / f"{number:02}_{record.file.stem[:60]}.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,40 +217,6 @@ def evaluate_command(
     if own_validation and not options.base:
         write_thresholds(output, found.thresholds)
     return report
-
-
-def write_evaluation(
-    output: Path,
-    dataset: Dataset,
-    tuned: Evaluation,
-    base: Evaluation | None = None,
-    *,
-    about: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write evaluation.json, predictions and, with `base`, the comparison; returns the first.
-
-    about: what goes on top of evaluation.json: run, step, weights, threshold (for drawing).
-    """
-    report = {**about, **summary(tuned, dataset)}
-    write_json(output / "predictions.json", tuned.predictions)
-    if base is not None:
-        report["base"] = summary(base, dataset)
-        report["compare"] = compare(report["base"], report)
-        write_json(output / "base_predictions.json", base.predictions)
-        chosen = [p for p in report["compare"]["pictures"] if p["difference"]]
-        draw_comparison(
-            dataset, chosen, base.predictions, tuned.predictions, about["threshold"],
-            output / "comparison",
-        )  # fmt: skip
-    write_json(output / "evaluation.json", report)
-    return report
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None))
-    part.replace(file)
 
 
 def _dataset(run: LoadedRun, data: str | None, split: str | None) -> tuple[Dataset, bool]:

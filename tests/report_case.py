@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from sam3jax.comparison import write_evaluation
 from sam3jax.config import Config, dump_config
 from sam3jax.data.coco import Dataset, decode_mask
-from sam3jax.evaluate import write_evaluation
 from sam3jax.metrics import measure
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from sam3jax import evaluate
 from sam3jax.data.folders import read_dataset
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import vocabulary
-from sam3jax.detector import Detector, read_thresholds
+from sam3jax.detector import Detector, _mesh_of, _place, read_thresholds
 from sam3jax.predict import Predictor
 from tests.small_run import small_run
 
@@ -123,3 +130,59 @@ def test_a_missing_split_is_one_sentence(run, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "open_run", lambda _: run)
     assert evaluate.main(["--run", str(run.path), "--split", "holiday"]) == 2
     assert "holiday" in capsys.readouterr().err
+
+
+def replicated_on(devices: int, tree):
+    if jax.device_count() < devices:
+        pytest.skip(f"fewer than {devices} devices")
+    axis = (AxisType.Auto,)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=axis, devices=jax.devices()[:devices])
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def test_two_devices_answer_as_one(run, folder):
+    dataset = read_dataset(folder, "valid")
+    phrases = vocabulary(run.config.data, dataset)
+    config = run.config.evaluation.model_copy(update={"score_floor": 0.0})
+    found = []
+    for variables in (run.variables, replicated_on(2, run.variables)):
+        tokens = run.tokenizer(phrases)
+        loader = make_eval_loader(dataset, phrases, tokens, run.config, targets=False)
+        detector = Detector(run.model, config)
+        found.append(evaluate.evaluate_dataset(detector, variables, loader, dataset, config))
+    assert len(found[0].predictions) == 105
+    for a, b in zip(found[0].predictions, found[1].predictions, strict=True):
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+        assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-3)
+
+
+def test_a_batch_that_does_not_divide_is_asked_on_one_device():
+    variables = replicated_on(3, {"params": np.arange(5.0), "lora": None})
+    mesh = _mesh_of(variables)
+    placed, rows = _place(variables, mesh, 2)
+    assert rows is None
+    assert len(placed["params"].sharding.device_set) == 1
+    np.testing.assert_array_equal(placed["params"], np.arange(5.0))
+    placed, rows = _place(variables, mesh, 6)
+    assert rows.spec == PartitionSpec(("data",))
+    assert _mesh_of({"params": np.ones(3)}) is None
+
+
+def test_two_processes_know_each_others_answers(tmp_path):
+    program = """
+import sys, jax
+jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
+from sam3jax.evaluate import _of_all_processes
+me = jax.process_index()
+asked, found = _of_all_processes({{(f"é{{me}}", k) for k in range(3 + me)}}, [{{"score": me / 7}}] * (1 + 5 * me))
+assert len(asked) == 7 and ("é1", 3) in asked and ("é0", 0) in asked, asked
+assert [r["score"] for r in found] == [0.0] + [1 / 7] * 6, found
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", program.format(port=port)]
+    running = [subprocess.Popen([*command, str(k)], env=environment) for k in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]

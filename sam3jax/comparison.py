@@ -1,0 +1,113 @@
+"""What evaluation.json holds: one evaluation, or base against tuned on the same data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam3jax import draw
+from sam3jax.data.coco import Dataset
+from sam3jax.data.pictures import open_rgb
+from sam3jax.metrics import Evaluation
+
+_SHOWN = 8  # pictures of a comparison
+
+
+def write_evaluation(
+    output: Path,
+    dataset: Dataset,
+    tuned: Evaluation,
+    base: Evaluation | None = None,
+    *,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write evaluation.json, predictions and, with `base`, the comparison; returns the first.
+
+    about: what goes on top of evaluation.json: run, step, weights, threshold (for drawing).
+    """
+    report = {**about, **summary(tuned, dataset)}
+    write_json(output / "predictions.json", tuned.predictions)
+    if base is not None:
+        report["base"] = summary(base, dataset)
+        report["compare"] = compare(report["base"], report)
+        write_json(output / "base_predictions.json", base.predictions)
+        chosen = [p for p in report["compare"]["pictures"] if p["difference"]]
+        draw_comparison(
+            dataset, chosen, base.predictions, tuned.predictions, about["threshold"],
+            output / "comparison",
+        )  # fmt: skip
+    write_json(output / "evaluation.json", report)
+    return report
+
+
+def summary(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
+    """What evaluation.json holds of one evaluation; pictures worst first."""
+    files = {image.id: str(image.file) for image in dataset.images}
+    pictures = sorted(evaluation.pictures.items(), key=lambda item: item[1])
+    return {
+        "data": dataset.name,
+        "metrics": evaluation.metrics,
+        "per_category": evaluation.per_category,
+        "thresholds": evaluation.thresholds,
+        "pictures": [{"id": i, "file": files[i], "F1": score} for i, score in pictures],
+    }
+
+
+def compare(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """Two summaries of the same data: tuned minus base, by metric, category and picture."""
+
+    def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+        names = [n for n in after if isinstance(after[n], float) and n in before]
+        return {name: after[name] - before[name] for name in names}
+
+    rows = {row["category"]: row for row in base["per_category"]}
+    scores = {picture["id"]: picture["F1"] for picture in base["pictures"]}
+    pictures = [
+        {**p, "base": scores[p["id"]], "difference": p["F1"] - scores[p["id"]]}
+        for p in tuned["pictures"]
+        if p["id"] in scores
+    ]
+    return {
+        "metrics": difference(base["metrics"], tuned["metrics"]),
+        "per_category": {
+            row["category"]: difference(rows[row["category"]], row)
+            for row in tuned["per_category"]
+            if row["category"] in rows
+        },
+        "pictures": sorted(pictures, key=lambda p: -abs(p["difference"]))[:_SHOWN],
+    }
+
+
+def draw_comparison(
+    dataset: Dataset,
+    chosen: Sequence[Mapping[str, Any]],
+    base: Sequence[Mapping[str, Any]],
+    tuned: Sequence[Mapping[str, Any]],
+    threshold: float,
+    folder: Path,
+) -> None:
+    """truth | base | tuned, of the pictures in `chosen`, as PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {image.id: image for image in dataset.images}
+    for number, picture in enumerate(chosen, start=1):
+        record = records[picture["id"]]
+        image = open_rgb(record.file, (record.width, record.height))
+        parts = [("truth", draw.true_instances(record, dataset.categories))]
+        for name, results, score in (
+            ("base", base, picture["base"]),
+            ("tuned", tuned, picture["F1"]),
+        ):
+            here = [r for r in results if r["image_id"] == record.id]
+            found = draw.found_instances(here, dataset.categories, threshold)
+            parts.append((f"{name}: F1 {score:.2f}", found))
+        sheet = draw.panels(image, parts, title=record.file.name)
+        sheet.save(folder / f"{number:02}_{record.file.stem[:60]}.png")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None))
+    part.replace(file)
