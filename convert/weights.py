@@ -113,6 +113,11 @@ def flax_tensors(
                 f"{entry.torch} is {list(tensor.shape)}, expected {list(want)}"
             )
             continue
+        if not is_float(tensor.dtype):
+            problems["misshapen"].append(
+                f"{entry.torch} is {tensor.dtype}, expected a floating dtype"
+            )
+            continue
         parts.setdefault(entry.path, {})[entry.slot] = (entry, tensor)
     if any(problems.values()):
         raise ConversionError(_report(problems))

@@ -51,7 +51,7 @@ class Tensor:
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
         """An array that is already there."""
-        return cls(tuple(array.shape), array.dtype, lambda slot: array[slot])
+        return cls(tuple(array.shape), array.dtype, lambda slot: np.asarray(array[slot]))
 
     def read(self, slot: tuple[int, ...] = ()) -> np.ndarray:
         """The array, or the part of it at a leading index."""
@@ -161,7 +161,7 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = tensors[name]
-            array = np.ascontiguousarray(tensor.read())
+            array = np.asarray(tensor.read(), order="C")
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise AssertionError(
                     f"{name}: promised {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}"
