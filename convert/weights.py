@@ -18,7 +18,7 @@ from convert.keymap import Entry, carried_shapes, entries
 from convert.names import CLASS_POSITION, from_huggingface, to_huggingface
 from sam3jax.config import ModelConfig
 from sam3jax.model import Sam3
-from sam3jax.tensor_file import Tensor
+from sam3jax.tensor_file import Tensor, is_float
 from sam3jax.types import Prompts
 
 Path = tuple[str, ...]
