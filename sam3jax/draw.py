@@ -10,7 +10,7 @@ import functools
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ _LABEL_SHARE = 0.15  # of the picture that labels may hide at most
 
 @dataclass(frozen=True)
 class Instance:
-    """Something to draw: box left, top, right, bottom in pixels; mask COCO RLE, [Y, X] bool or None."""
+    """Something to draw: box left, top, right, bottom in pixels; mask COCO RLE, [Y, X] bool or None.
+
+    number: of its colour; None: by its place among the instances.
+    """
 
     label: str
     box: Box
     mask: Mapping[str, Any] | np.ndarray | None = None
     score: float | None = None
+    number: int | None = None
 
     @property
     def text(self) -> str:
@@ -79,15 +83,15 @@ def overlay(
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
     line = 1 if len(instances) > _CROWD else max(2, round(max(size) / 500))
     order = _largest_first(instances)
+    shades = [colour(k if i.number is None else i.number) for k, i in enumerate(instances)]
     for k in order:
-        _paint_mask(image, instances[k].mask, colour(k), line)
+        _paint_mask(image, instances[k].mask, shades[k], line)
     boxes = [tuple(float(v) * scale for v in instance.box) for instance in instances]
     pen = ImageDraw.Draw(image)
     for k in order:
-        _paint_box(pen, boxes[k], colour(k), line)
-    _paint_labels(
-        pen, size, [(i.text, b, colour(k)) for k, (i, b) in enumerate(zip(instances, boxes))]
-    )
+        _paint_box(pen, boxes[k], shades[k], line)
+    labels = [(i.text, b, c) for i, b, c in zip(instances, boxes, shades)]
+    _paint_labels(pen, size, labels)
     return image
 
 
@@ -112,13 +116,40 @@ def panels(
     title: str = "",
     height: int = 360,
 ) -> Image.Image:
-    """The same picture several times, each with other instances under its caption."""
+    """The same picture several times, each with other instances under its caption.
+
+    What lies on an instance of the first part that has any, the truth, has that one's colour.
+    """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     # Drawn at the final size: labels that are shrunk cannot be read.
     longer = round(height * max(1.0, image.width / image.height))
     draw = functools.partial(overlay, image, smallest=longer, largest=longer)
-    drawn = [(caption, draw(instances)) for caption, instances in parts]
+    truth = next((instances for _, instances in parts if len(instances)), ())
+    drawn = [(caption, draw(colour_like(truth, instances))) for caption, instances in parts]
     return row(drawn, title=title, height=height)
+
+
+def colour_like(truth: Sequence[Instance], instances: Sequence[Instance]) -> list[Instance]:
+    """The instances in the colour of the true one that each overlaps most, others in colours of
+    their own; earlier instances choose first."""
+    free = set(range(len(truth)))
+    following = len(truth)
+    coloured = []
+    for instance in instances:
+        overlaps = {k: _box_iou(truth[k].box, instance.box) for k in free}
+        number = max(overlaps, key=lambda k: overlaps[k], default=None)
+        if number is None or overlaps[number] < 0.3:
+            number, following = following, following + 1
+        free.discard(number)
+        coloured.append(replace(instance, number=number))
+    return coloured
+
+
+def _box_iou(a: Box, b: Box) -> float:
+    wide = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    high = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return wide * high / max(areas - wide * high, 1e-9)
 
 
 def row(

@@ -163,18 +163,17 @@ def coco_metrics(
     """pycocotools' AP and AR: of all categories, and of each.
 
     AP, AP50, AP75, AR, each also _small, _medium, _large (but AP50 and AP75). Against pycocotools'
-    traps: annotations are numbered from 1 (0 reads as "no match"), as many detections count as the
-    data and the predictions have (100 would cap a picture with 300 objects), and the area of a
+    traps: annotations are numbered from 1 (0 reads as "no match"), as many detections count as there
+    are (100 would cap a picture with 300 objects), and the area of a
     detection is that of its mask for masks and of its box for boxes.
     """
     rows = {image_id: row for row, image_id in enumerate(truth.images, start=1)}
-    true, most = [], 100
+    true = []
     for pair in truth.pairs:
         instances, lenient, areas = truth.regions(pair, kind)
         place = (rows[pair[0]], pair[1], kind)
         true += [_entry(*place, region, area) for region, area in zip(instances, areas)]
         true += [_entry(*place, region, 0.0, iscrowd=1) for region in lenient]
-        most = max(most, len(instances))
     guessed, counts = [], defaultdict(int)
     for result in predictions:
         region = _result_region(result, kind)
@@ -186,7 +185,7 @@ def coco_metrics(
         evaluator = COCOeval(
             _coco(true, rows, truth), _coco(guessed, rows, truth), kind
         )  # fmt: skip
-        evaluator.params.maxDets = [max(most, *counts.values()) if counts else most]
+        evaluator.params.maxDets = [max([100, *counts.values()])]
         evaluator.params.catIds = list(truth.categories)
         evaluator.evaluate()
         evaluator.accumulate()

@@ -227,7 +227,8 @@ def _picture(
         parts.append(("base", found))
     parts.append(("tuned", draw.found_instances(tuned.get(record.id, ()), names, threshold)))
     figures = "".join(
-        f'<figure><img loading="lazy" alt="{name}" src="{_inline(instances, image)}">'
+        f'<figure><img loading="lazy" alt="{name}" '
+        f'src="{_inline(draw.colour_like(parts[0][1], instances), image)}">'
         f"<figcaption>{name}: {len(instances)}</figcaption></figure>"
         for name, instances in parts
     )

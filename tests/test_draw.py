@@ -144,6 +144,18 @@ def test_a_panel_shows_picture_truth_and_prediction_without_crowds():
     assert sheet.width == 3 * 250 + 12
 
 
+def test_predictions_have_the_colour_of_the_truth_they_lie_on():
+    truth = [Instance("a", (0, 0, 10, 10)), Instance("b", (50, 0, 60, 10))]
+    found = [
+        Instance("b", (51, 1, 61, 11), score=0.9),
+        Instance("x", (90, 90, 99, 99), score=0.8),
+        Instance("a", (1, 0, 11, 10), score=0.7),
+        Instance("a", (0, 0, 10, 10), score=0.6),  # taken already
+    ]
+    assert [i.number for i in draw.colour_like(truth, found)] == [1, 2, 0, 3]
+    assert [i.number for i in draw.colour_like(truth, truth)] == [0, 1]
+
+
 def test_curves_are_valid_svg_in_the_pages_ink():
     points = [(k, 1.0 / (k + 1)) for k in range(50)]
     svg = draw.curves({"loss <a>": points, "b": points[:1]}, title="loss & more", logarithmic=True)

@@ -87,6 +87,20 @@ def test_masks_of_a_large_picture_equal_torch_strip_by_strip():
             assert (coco_mask.decode(rle).astype(bool) != truth).mean() <= 1e-5
 
 
+@pytest.mark.parametrize("corner", [(0, 0), (3, 5), (8, 11)])
+def test_a_small_mask_in_a_large_picture_is_whole(corner):
+    """Only the strips in which a mask can be are looked at."""
+    torch = pytest.importorskip("torch")
+    logits = np.full((1, 10, 14), -1.0, np.float32)
+    logits[0, corner[0] : corner[0] + 2, corner[1] : corner[1] + 2] = 9
+    height, width = 2203, 5601  # a cell is wider than a strip
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(logits)[None], (height, width), mode="bilinear", align_corners=False
+    )[0, 0].numpy()
+    (found,) = postprocess.enlarge_masks(logits, height, width)
+    assert (coco_mask.decode(found).astype(bool) != (expected > 0)).sum() <= 9
+
+
 def test_run_lengths_are_what_pycocotools_would_write():
     logits = np.full((4, 6, 6), -4.0, np.float32)
     logits[0] = 4  # all of the picture
@@ -117,7 +131,7 @@ def test_mask_nms_equals_torchvision_where_masks_are_boxes():
     torch = pytest.importorskip("torch")
     ops = pytest.importorskip("torchvision.ops")
     rng = np.random.default_rng(3)
-    pairs, count, size = 3, 17, 20
+    pairs, count, size = 9, 17, 20
     corner = rng.integers(0, 12, (pairs, count, 2))
     boxes = np.concatenate([corner, corner + rng.integers(1, 9, corner.shape)], -1)
     boxes[:, 5] = boxes[:, 2]  # a duplicate
