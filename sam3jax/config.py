@@ -113,7 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sam3": {},
     "tiny": dict(
         image_size=168, pretrain_image_size=84, window_size=6, vit_dim=96, vit_stages=2, vit_stage_blocks=3, vit_heads=4,
-        vit_mlp_ratio=4.0, text_dim=64, text_layers=2, text_heads=4, vocab_size=1024, text_length=16, dim=96, ffn=256, heads=8,
+        vit_mlp_ratio=4.0, text_dim=64, text_layers=2, text_heads=4, vocab_size=1024, text_length=16, dim=64, ffn=256, heads=4,
         fusion_layers=2, decoder_layers=3, geometry_layers=1, queries=20, dropout=0.0, drop_path=0.0,
     ),
 }  # fmt: skip

@@ -1,0 +1,254 @@
+"""Run folders and their checkpoints. The one file that touches orbax.
+
+A checkpoint holds what changes: trained weights, optimizer state, step, and where the data stand.
+The frozen base is not in it: it is read again from `init`, or drawn again from the seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from sam3jax.config import Config, ConfigError, ModelConfig, dump_config, load_config, parse_config
+from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
+from sam3jax.lora import Tree, init_lora, merge_lora
+from sam3jax.model import Sam3
+from sam3jax.model.init import init_params
+from sam3jax.model_folder import is_model_folder, load_model_folder, open_model_folder
+from sam3jax.optim import build_optimizer
+from sam3jax.train_step import TrainState, init_state
+from sam3jax.trainable import merge, multipliers, split
+
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+# What a run may change when it continues; anything else would make it another run.
+MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "keep", "evaluation", "output", "resume"}  # fmt: skip
+# What a user sets of a model that is read from a folder; its sizes come with it.
+AT_RUN_TIME = {"image_size", "dropout", "drop_path", "compute_dtype"}
+
+
+class Checkpoints:
+    """The checkpoints of a run folder: the newest `keep` and the best one stay."""
+
+    def __init__(self, run: Path, config: Config | None = None) -> None:
+        keep_newest = config.keep if config else None
+        metric = config.best_metric if config else None
+        policy = None
+        if config:
+            best = keep.BestN(
+                get_metric_fn=lambda m: m[metric], n=1, keep_checkpoints_without_metrics=False
+            )
+            policy = keep.AnyPreservationPolicy([keep.LatestN(keep_newest), best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, read_only=config is None, create=config is not None,
+            best_fn=(lambda m: m[metric]) if metric else None,
+        )  # fmt: skip
+        self._manager = ocp.CheckpointManager((run / CHECKPOINTS).absolute(), options=options)
+
+    def save(
+        self, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None
+    ) -> None:
+        """Save in the background; metrics where the model was just validated."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """(state, data) of a step, in the shapes and on the devices of `state`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+        )
+        try:
+            found = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"the checkpoint at step {step} does not fit the run's configuration "
+                f"({str(error).splitlines()[0]}): was config.yaml changed?"
+            ) from error
+        return found.state, found.data
+
+    def close(self) -> None:
+        """Wait for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder in memory. variables: tuned; base_variables: where it began; step: of `variables`."""
+
+    config: Config
+    model: Sam3
+    variables: Tree
+    base_variables: Tree
+    tokenizer: Tokenizer
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a run starts from. params: float32 arrays."""
+
+    config: Config
+    params: Tree
+    tokenizer: Tokenizer
+
+
+def load_base(config: Config) -> Base:
+    """Weights, vocabulary and sizes that a run starts from: a model folder, a run folder, or noise.
+
+    Raises ConfigError (FileError for a damaged folder) that says what was found and expected.
+    """
+    if config.init is None:
+        if config.model.vocab_size > 4096:
+            raise ConfigError(
+                "init is not set: SAM 3 starts from its published weights (python -m convert torch-to-jax "
+                "--src sam3.pt --out models/sam3, then init=models/sam3); to learn from nothing set "
+                "model.preset=tiny"
+            )
+        tokenizer = Tokenizer(
+            build_byte_tokenizer(config.model.vocab_size), config.model.text_length
+        )
+        return Base(config, init_params(config.model, config.seed), tokenizer)
+    path = Path(config.init)
+    if (path / CONFIG).is_file() and not is_model_folder(path):
+        run = load_run(path)
+        variables = jax.device_get(run.variables)
+        params = variables["params"]
+        if "lora" in variables:
+            params = jax.device_get(merge_lora(params, variables["lora"], variables["lora_scale"]))
+        return Base(_with_sizes(config, run.config.model, path), params, run.tokenizer)
+    config = _with_sizes(config, open_model_folder(path).config, path)
+    _, params, tokenizer = load_model_folder(path, dtype=np.float32)
+    return Base(config, params, tokenizer)
+
+
+def _with_sizes(config: Config, found: ModelConfig, path: Path) -> Config:
+    """The run's config with the model's own sizes; contradictions are errors."""
+    asked = {k: getattr(config.model, k) for k in config.model.model_fields_set}
+    wrong = [
+        f"{k} {getattr(found, k)} (the config says {v})"
+        for k, v in asked.items()
+        if k not in AT_RUN_TIME | {"preset"} and getattr(found, k) != v
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{path} is a model of another size: it has {', '.join(wrong)}; leave the sizes out of the "
+            "config, they come with the weights"
+        )
+    chosen = {k: v for k, v in asked.items() if k in AT_RUN_TIME}
+    model = parse_config({**found.model_dump(), **chosen}, ModelConfig)
+    return config.model_copy(update={"model": model})
+
+
+def start(base: Base) -> tuple[Tree, Tree]:
+    """(trainable, frozen) before the first step."""
+    config = base.config
+    lora, scale = {}, {}
+    if config.train == "lora" and config.lora.enabled:
+        key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        lora, scale = init_lora(key, base.params, config.model, config.lora)
+    trainable, frozen = split(base.params, lora, scale, config)
+    if not jax.tree.leaves(trainable):
+        raise ConfigError("nothing is trained: lora.enabled is false and `trainable` is empty")
+    return trainable, frozen
+
+
+def load_run(path: str | Path, *, step: int | None = None) -> Run:
+    """A run folder with the weights of its best checkpoint (the newest where none was validated).
+
+    Raises ConfigError where the folder is no run, has no checkpoint, or its base is gone.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise ConfigError(
+            f"{path} is no run folder: expected {CONFIG}, written by python -m sam3jax.train"
+        )
+    base = load_base(load_config(path / CONFIG))
+    config = base.config
+    trainable, frozen = start(base)
+    optimizer = build_optimizer(config, trainable, multipliers(trainable, frozen, config))
+    abstract = jax.eval_shape(lambda: init_state(trainable, optimizer, config.optim.ema > 0))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+    )
+    best = best_step(path)
+    if not (path / CHECKPOINTS).is_dir():
+        raise ConfigError(f"{path} has no checkpoint yet: train it, or give another run")
+    checkpoints = Checkpoints(path)
+    step = step if step is not None else best if best is not None else checkpoints.latest()
+    if step is None:
+        raise ConfigError(f"{path} has no checkpoint yet: train it, or give another run")
+    state, _ = checkpoints.restore(step, abstract)
+    checkpoints.close()
+    tuned = state.trainable if state.ema is None else state.ema
+    return Run(
+        config=config, model=Sam3(config.model), variables=merge(tuned, frozen),
+        base_variables=_base_variables(base, trainable, frozen), tokenizer=base.tokenizer, step=step,
+    )  # fmt: skip
+
+
+def _base_variables(base: Base, trainable: Tree, frozen: Tree) -> Tree:
+    without = {k: v for k, v in trainable.items() if k != "lora"}
+    return {"params": merge(without, frozen)["params"]}
+
+
+def best_step(path: Path) -> int | None:
+    """The step that validated best, as the trainer noted it; None before the first validation."""
+    file = path / "best.json"
+    return json.loads(file.read_text())["step"] if file.is_file() else None
+
+
+def open_run_folder(config: Config) -> Path:
+    """Make the run folder, or check that the one there may be continued.
+
+    Raises ConfigError where it holds a run that `config` does not continue.
+    """
+    path = Path(config.output)
+    file = path / CONFIG
+    if file.is_file():
+        if not config.resume:
+            raise ConfigError(
+                f"{path} holds a run already and resume is false: give another output, or remove the folder"
+            )
+        old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(file), config))
+        changed = [
+            f"{k} {old.get(k)} -> {v}"
+            for k, v in new.items()
+            if old.get(k) != v and k.split(".")[0] not in MAY_CHANGE
+        ]
+        if changed:
+            raise ConfigError(
+                f"{path} holds a run with other settings ({'; '.join(changed)}): give another output, or "
+                "take the settings back to continue it"
+            )
+    elif path.exists() and any(path.iterdir()):
+        raise ConfigError(f"{path} is not empty and no run folder: give another output")
+    path.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(dump_config(config))
+    part.replace(file)
+    return path
+
+
+def _flat(tree: dict[str, Any], start: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in tree.items():
+        out |= (
+            _flat(value, f"{start}{key}.") if isinstance(value, dict) else {f"{start}{key}": value}
+        )
+    return out
