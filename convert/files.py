@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -134,21 +136,76 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_pt(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    _check_archive(path)
+    state, ignored = _state_dict(_load(path, map_location="meta"), path)
+    places = _places(path)
+    if all(_place(t) in places for t in state.values()):
+        return {name: _file_tensor(path, name, t) for name, t in state.items()}, ignored
+    # An older torch, or an archive that another program packed: let torch find the bytes.
+    state, ignored = _state_dict(_load(path, map_location="cpu", mmap=True), path)
+    return {name: _torch_tensor(name, t, path) for name, t in state.items()}, ignored
+
+
+def _load(path: Path, **options: Any) -> Any:
+    """torch.load, weights only; its refusals and failures as FileError."""
     import torch
 
-    _check_archive(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about storages; nothing a reader could act on
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, weights_only=True, **options)
         except pickle.UnpicklingError as error:
             raise FileError(_refusal(path, error)) from None
         except (RuntimeError, EOFError, KeyError, ValueError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise FileError(
-                f"{path} is a damaged checkpoint archive ({str(error).splitlines()[0]}); download it again"
+                f"{path} is a damaged checkpoint archive ({reason}); download it again"
             ) from error
-    state, ignored = _state_dict(content, path)
-    return {name: _torch_tensor(name, t, path) for name, t in state.items()}, ignored
+
+
+def _places(path: Path) -> frozenset[int]:
+    """Where the uncompressed contents of an archive begin, in bytes from the start of the file."""
+    found = set()
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            file.seek(
+                info.header_offset + 26
+            )  # lengths of name and extra field, in the local header
+            name, extra = struct.unpack("<HH", file.read(4))
+            if info.compress_type == zipfile.ZIP_STORED:
+                found.add(info.header_offset + 30 + name + extra)
+    return frozenset(found)
+
+
+def _place(tensor: Any) -> int | None:
+    """Where torch says that the storage of a tensor loaded to "meta" lies in the file."""
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.is_meta else None
+
+
+def _file_tensor(path: Path, name: str, tensor: Any) -> Tensor:
+    """A tensor that is read from its place in the archive.
+
+    Not through torch's memory map: pages of it stay counted as ours, and a checkpoint in bfloat16
+    would take twice its size by the end.
+    """
+    import torch
+
+    dtype = np.dtype(
+        _odd_dtypes().get(tensor.dtype) or torch.empty(0, dtype=tensor.dtype).numpy().dtype
+    )
+    shape, strides = tuple(tensor.shape), tuple(n * dtype.itemsize for n in tensor.stride())
+    start = _place(tensor) + tensor.storage_offset() * dtype.itemsize
+    contiguous = tensor.is_contiguous()
+    reach = 1 + sum((n - 1) * step for n, step in zip(shape, tensor.stride(), strict=True))
+
+    def get(slot: tuple[int, ...]) -> np.ndarray:
+        count = 0 if 0 in shape else math.prod(shape) if contiguous else reach
+        flat = np.fromfile(path, dtype, count, offset=start)
+        if contiguous or not count:
+            return flat.reshape(shape)[slot]
+        return np.lib.stride_tricks.as_strided(flat, shape, strides)[slot]
+
+    return Tensor(shape, dtype, get)
 
 
 def _check_archive(path: Path) -> None:
@@ -177,7 +234,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            ends = [info.header_offset + info.compress_size for info in archive.infolist()]
+            infos = archive.infolist()
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
         raise FileError(
             f"{path} is cut short or damaged: a zip archive of {size:,} bytes without its end ({error}); "
@@ -187,6 +244,11 @@ def _check_archive(path: Path) -> None:
         raise FileError(
             f"{path} is a zip archive but no checkpoint: it has no data.pkl, only {', '.join(names[:3])}"
         )
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise FileError(
+            f"{path} was packed again with compression, which torch cannot read in place: unpack it and save it with torch.save"
+        )
+    ends = [info.header_offset + info.compress_size for info in infos]
     if max(ends, default=0) > size:
         raise FileError(
             f"{path} is cut short: {size:,} bytes, its contents need {max(ends):,}; download it again"
@@ -228,14 +290,9 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], tuple[str, ..
 def _torch_tensor(name: str, tensor: Any, path: Path) -> Tensor:
     import torch
 
-    odd = {
-        torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
-        torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
-        torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
-    }
     try:
-        if tensor.dtype in odd:
-            carrier, dtype = odd[tensor.dtype]
+        if dtype := _odd_dtypes().get(tensor.dtype):
+            carrier = torch.int16 if tensor.dtype == torch.bfloat16 else torch.uint8
             array = tensor.detach().view(carrier).numpy().view(dtype)
         else:
             array = tensor.detach().resolve_conj().resolve_neg().numpy()
@@ -250,16 +307,23 @@ def to_torch_tensor(array: np.ndarray) -> Any:
     """A torch tensor of the same bits; bfloat16 and float8 included."""
     import torch
 
-    odd = {
-        np.dtype(ml_dtypes.bfloat16): (np.int16, torch.bfloat16),
-        np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, torch.float8_e4m3fn),
-        np.dtype(ml_dtypes.float8_e5m2): (np.uint8, torch.float8_e5m2),
-    }
     array = np.require(array, requirements=["C", "W"])  # torch takes no read-only memory
-    if array.dtype in odd:
-        carrier, dtype = odd[array.dtype]
-        return torch.from_numpy(array.view(carrier)).view(dtype)
+    for odd, dtype in _odd_dtypes().items():
+        if array.dtype == dtype:
+            carrier = np.int16 if odd == torch.bfloat16 else np.uint8
+            return torch.from_numpy(array.view(carrier)).view(odd)
     return torch.from_numpy(array)
+
+
+def _odd_dtypes() -> dict[Any, np.dtype]:
+    """The dtypes that numpy alone does not have."""
+    import torch
+
+    return {
+        torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+        torch.float8_e4m3fn: np.dtype(ml_dtypes.float8_e4m3fn),
+        torch.float8_e5m2: np.dtype(ml_dtypes.float8_e5m2),
+    }
 
 
 def write_checkpoint(

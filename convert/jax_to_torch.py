@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def export(
         f"{out}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes, {layout} layout"
     ]
     if rest:
-        lines.append(f"kept beside, for the way back: {', '.join(rest)}")
+        lines.append(f"kept beside, for the way back: {', '.join(_kinds(rest))}")
     if layout == "huggingface" and out.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         _write_folder(out, folder, tensors, rest)
     else:
@@ -92,6 +93,11 @@ def assemble(
         }
     rest |= {n: t for n, t in carried.items() if n not in used and not tracker.is_tracker(n)}
     return out, {} if detector_only else rest
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """The names, layer numbers aside, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def _outside(name: str, before: str, wrapper: str) -> str:

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="checkpoints are torch's")
 
 from convert import to_flax, to_torch
 from convert.__main__ import main
+from convert.files import read_checkpoint, to_torch_tensor
 from convert.keymap import carried_shapes, entries
 from convert.weights import ConversionError, leaf_shapes, unflatten
 from sam3jax.config import ModelConfig
@@ -201,6 +202,33 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, capsys):
     assert "disk is full" in other
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "sam3.pt"]
     assert (tmp_path / "good" / "model.safetensors").read_bytes() == before
+
+
+def test_tensors_are_read_whatever_their_layout_in_the_file(tmp_path):
+    """Transposed, sliced, shared, empty and zero-dimensional ones, and archives packed by others."""
+    base = torch.arange(60.0).view(5, 12)
+    state = {
+        "whole": base, "transposed": base.T, "slice": base[1:4, 2:9:3], "shared": base[2], "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 4), "half": torch.arange(7, dtype=torch.bfloat16) / 3, "flag": torch.tensor([True, False]),
+        "expanded": torch.ones(3, 1).expand(3, 4), "complex": torch.complex(base, -base), "long": torch.arange(5),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "a.pt")
+    for name, kind in (("stored.pt", zipfile.ZIP_STORED), ("deflated.pt", zipfile.ZIP_DEFLATED)):
+        with (
+            zipfile.ZipFile(tmp_path / "a.pt") as old,
+            zipfile.ZipFile(tmp_path / name, "w", kind) as new,
+        ):
+            for info in old.infolist():
+                new.writestr(info.filename, old.read(info))
+    for file in ("a.pt", "stored.pt"):
+        found = read_checkpoint(tmp_path / file).tensors
+        assert found.keys() == state.keys()
+        for name, tensor in state.items():
+            array = found[name].read()
+            assert array.shape == found[name].shape == tuple(tensor.shape)
+            assert torch.equal(to_torch_tensor(array), tensor), name
+    with pytest.raises(FileError, match="packed again with compression"):
+        read_checkpoint(tmp_path / "deflated.pt")
 
 
 def test_too_little_room_is_said_before_writing(checkpoint, tmp_path, capsys, monkeypatch):
