@@ -177,7 +177,7 @@ def _place(
 ) -> tuple[Variables, Sharding | None]:
     """Weights as this process uses them, and how the rows of a batch are spread (None: not)."""
     if mesh is None:
-        return variables, None
+        return jax.device_put(variables), None  # once, not with every batch
     if jax.process_count() == 1 and pictures % mesh.size == 0:
         return variables, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     # Each process asks about pictures of its own, so it computes with its own copy.

@@ -185,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dataset, own = _dataset(run, options.data, options.split)
         report = evaluate_command(run, dataset, options, own_validation=own)
     except ValueError as error:
+        if type(error) is ValueError:
+            raise  # ours are subclasses; a plain one is a defect and keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
     _print(report)

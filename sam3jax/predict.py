@@ -62,7 +62,7 @@ class Predictor:
         self.thresholds = dict(thresholds or {})
         self._size = model.config.image_size
         self._detector = Detector(model, self.config)
-        self._variables, self._tokenizer = variables, tokenizer
+        self._variables, self._tokenizer = jax.device_put(variables), tokenizer
         self._texts: dict[str, TextFeatures] = {}
         self._image: ImageFeatures | None = None
         self.picture: Image.Image | None = None
@@ -79,7 +79,7 @@ class Predictor:
     def from_model_folder(cls, path: str | Path) -> Predictor:
         """The model as `python -m convert` wrote it, not tuned."""
         config, params, tokenizer = load_model_folder(path, dtype=np.float32)
-        return cls(Sam3(config), {"params": jax.device_put(params)}, tokenizer)
+        return cls(Sam3(config), {"params": params}, tokenizer)
 
     def set_image(self, picture: str | Path | Image.Image | np.ndarray) -> None:
         """A file, a PIL picture, or an array [Y, X, 3] or [Y, X] of uint8. Raises DataError."""
@@ -232,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for phrase in options.phrase or [VISUAL]:
             predictor.check_phrase(phrase)
     except ValueError as error:
+        if type(error) is ValueError:
+            raise  # ours are subclasses; a plain one is a defect and keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
     output = Path(options.output)
@@ -270,7 +272,7 @@ def predict_files(
                 )
                 for phrase in phrases
             }
-        except ValueError as error:
+        except (DataError, PromptError) as error:
             failed += 1
             print(f"{file}: {error}", file=sys.stderr)
             continue
