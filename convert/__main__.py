@@ -10,11 +10,14 @@ from typing import Any
 
 import yaml
 
+from convert.adapters import write_adapter
 from convert.jax_to_torch import export
-from convert.torch_to_jax import FLOATS, describe, torch_to_jax
+from convert.sources import is_run_folder, open_source
+from convert.torch_to_jax import FLOATS, describe, describe_source, torch_to_jax
 from convert.weights import LAYOUTS, ConversionError
-from sam3jax.config import ModelConfig
-from sam3jax.model_folder import open_model_folder
+from sam3jax.config import ConfigError, ModelConfig
+from sam3jax.lora import linear_layers
+from sam3jax.model_folder import is_model_folder
 from sam3jax.tensor_file import FileError
 
 
@@ -24,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for line in options.run(options):
             print(line)
-    except (FileError, ConversionError) as error:
+    except (FileError, ConversionError, ConfigError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     return 0
@@ -72,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         "--detector-only", action="store_true", help="leave the tracker and its neck out"
     )
     command.add_argument("--adapter", action="store_true", help="the adapters alone, for peft")
+    command.add_argument(
+        "--base", help="what the adapter says it belongs to, for example facebook/sam3"
+    )
     command.set_defaults(run=_jax_to_torch)
 
     command = commands.add_parser(
@@ -85,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="of ModelConfig, where shapes do not tell",
     )
+    command.add_argument(
+        "--layers", action="store_true", help="list the linear layers, as LoRA targets name them"
+    )
     command.set_defaults(run=_inspect)
     return parser
 
@@ -96,18 +105,24 @@ def _torch_to_jax(o: argparse.Namespace) -> list[str]:
 
 
 def _jax_to_torch(o: argparse.Namespace) -> list[str]:
+    folder, adapters = open_source(o.src)
+    if o.adapter:
+        return write_adapter(o.out, adapters, folder.config, o.base)
     return export(
-        open_model_folder(o.src),
-        o.out,
-        layout=o.layout,
-        dtype=o.dtype,
-        prefix=o.prefix,
-        detector_only=o.detector_only,
-    )
+        folder, o.out, adapters=adapters, layout=o.layout, dtype=o.dtype, prefix=o.prefix, detector_only=o.detector_only
+    )  # fmt: skip
 
 
 def _inspect(o: argparse.Namespace) -> list[str]:
-    return describe(o.path, _settings(o.set))
+    if is_model_folder(o.path) or is_run_folder(o.path):
+        folder, adapters = open_source(o.path)
+        config, lines = folder.config, describe_source(folder, adapters)
+    else:
+        config, lines = describe(o.path, _settings(o.set))
+    layers = [entry.layer for entry in linear_layers(config)]
+    if not o.layers:
+        return [*lines, f"linear layers, to adapt: {len(layers)} (--layers lists them)"]
+    return [*lines, *layers]
 
 
 def _settings(items: Sequence[str]) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def adapters_of(lora: Mapping[str, Any], lora_scale: Mapping[str, Any]) -> Adapt
     return found
 
 
+def count_layers(adapters: Adapters) -> int:
+    """How many layers are adapted, each layer of a stack for itself."""
+    return sum(int((adapter.scale != 0).sum()) for adapter in adapters.values())
+
+
 def merge(
     leaves: Mapping[tuple[str, ...], Tensor], adapters: Adapters
 ) -> dict[tuple[str, ...], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import tracker
+from convert.adapters import Adapters, count_layers, merge
 from convert.files import write_checkpoint
 from convert.huggingface_config import huggingface_config
 from convert.names import CLASS_POSITION, DETECTOR, INTERACTIVE, to_huggingface
@@ -24,6 +26,7 @@ def export(
     folder: ModelFolder,
     out: str | Path,
     *,
+    adapters: Adapters | None = None,
     layout: str | None = None,
     dtype: str | None = None,
     prefix: str | None = None,
@@ -33,17 +36,21 @@ def export(
 
     layout: "official" or "huggingface"; None: the one that the weights came in. out: a `.pt` or
     `.safetensors` file; a transformers export to any other name is a folder with `config.json` beside.
-    prefix: what stands before the detector's names; None: as it was, and as the layout has it.
+    adapters: added to the weights. prefix: what stands before the detector's names; None: as it was, and as the layout has it.
     Raises FileError, after which nothing was written.
     """
     layout = layout or folder.source.get("layout", "official")
     if layout not in LAYOUTS:
         raise FileError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    if adapters:
+        folder = dataclasses.replace(folder, leaves=merge(folder.leaves, adapters))
     tensors, rest = assemble(folder, layout, prefix=prefix, detector_only=detector_only)
     tensors, out = cast(tensors, dtype), Path(out)
     lines = [
         f"{out}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes, {layout} layout"
     ]
+    if adapters:
+        lines.append(f"{count_layers(adapters)} adapters merged")
     if rest:
         lines.append(f"kept beside, for the way back: {', '.join(_kinds(rest))}")
     if layout == "huggingface" and out.suffix not in (".safetensors", ".pt", ".pth", ".bin"):

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from convert.adapters import Adapters, count_layers
 from convert.files import Checkpoint, read_checkpoint
 from convert.names import Layout, Sorted, sort_tensors
 from convert.sizes import infer_config, missing_dead
 from convert.weights import ConversionError, flax_tensors
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer, build_clip_tokenizer
-from sam3jax.model_folder import save_model_folder
+from sam3jax.model_folder import ModelFolder, is_model_folder, save_model_folder
 from sam3jax.tensor_file import DTYPES, FileError, Tensor, is_float
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -140,8 +141,10 @@ def cast(tensors: Mapping[Any, Tensor], dtype: str | None) -> dict[Any, Tensor]:
     return {n: t.astype(target) if is_float(t.dtype) else t for n, t in tensors.items()}
 
 
-def describe(src: str | Path, overrides: Mapping[str, Any] | None = None) -> list[str]:
-    """What a checkpoint holds, in lines: layout, size, tensors used, carried, unknown, missing, dtypes."""
+def describe(
+    src: str | Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[ModelConfig, list[str]]:
+    """The configuration of a checkpoint, and in lines what it holds: layout, size, tensors, dtypes."""
     reading = understand(src, overrides)
     live, carried, unknown = reading.sorted.live, reading.sorted.carried, reading.sorted.unknown
     problems = []
@@ -150,7 +153,7 @@ def describe(src: str | Path, overrides: Mapping[str, Any] | None = None) -> lis
     except ConversionError as error:
         problems = [f"PROBLEM: {error}"]
     zeros = missing_dead(reading.config, carried)
-    return [
+    return reading.config, [
         f"{reading.checkpoint.path}: {layout_name(reading.sorted.layout)}, {reading.checkpoint.nbytes:,} bytes",
         f"used: {len(live)} tensors, {_count(live)}",
         f"carried: {len(carried)} tensors, {_count(carried)}{_groups(carried)}",
@@ -162,6 +165,31 @@ def describe(src: str | Path, overrides: Mapping[str, Any] | None = None) -> lis
         *reading.notes,
         *problems,
     ]
+
+
+def describe_source(folder: ModelFolder, adapters: Adapters) -> list[str]:
+    """What a model folder or a run folder holds, in lines."""
+    source, carried = folder.source, folder.carried
+    kind = "run folder" if adapters or not is_model_folder(folder.path) else "model folder"
+    origin = f", from {source['file']} ({source['layout']} layout)" if source.get("file") else ""
+    lines = [
+        f"{folder.path}: {kind}{origin}",
+        f"used: {len(folder.leaves)} arrays, {_count(folder.leaves)}",
+        f"carried: {len(carried)} tensors, {_count(carried)}{_groups(carried)}",
+        f"dtypes: {_dtypes({**folder.leaves, **carried}, None)}",
+        f"size: {size_line(folder.config)}",
+        f"vocabulary: {'yes' if folder.tokenizer else 'NONE, convert again with --tokenizer'}",
+    ]
+    if adapters:
+        size = sum(
+            int((a.scale != 0).sum()) * a.rank * (a.a.shape[-2] + a.b.shape[-1])
+            for a in adapters.values()
+        )
+        ranks = sorted({a.rank for a in adapters.values()})
+        lines.append(
+            f"adapters: {count_layers(adapters)} layers, rank {', '.join(map(str, ranks))}, {size:,} parameters"
+        )
+    return lines
 
 
 def _missing(reading: Reading) -> list[str]:

@@ -1,5 +1,6 @@
 """Conversion through the command line: every tensor back bit for bit, in both layouts, behind every prefix."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,19 @@ import pytest
 torch = pytest.importorskip("torch", reason="checkpoints are torch's")
 pytest.importorskip("sam3", reason="the oracle needs the sam3 package")
 
+import jax
+
 from convert.__main__ import main
+from sam3jax import checkpoint
+from sam3jax.config import parse_config
+from sam3jax.model import Sam3
 from sam3jax.model_folder import load_model_folder, open_model_folder
+from sam3jax.optim import build_optimizer
+from sam3jax.train_step import init_state
+from sam3jax.trainable import merge, multipliers
 from tests import torch_reference as reference
-from tests.bridge import model_config
+from tests.bridge import inputs, model_config
+from tests.bridge import published as as_published
 
 SIZE = reference.Size(vocabulary=600)
 WIDE = reference.Size(
@@ -219,36 +229,105 @@ def test_a_sharded_checkpoint_equals_the_whole(tmp_path, detector):
     same(load(tmp_path / "out.pt"), detector.state_dict())
 
 
-def test_a_converted_model_computes_what_torch_does(tmp_path, detector):
-    """The folder's parameters, not merely its bits, in the right places."""
-    import jax
+@contextlib.contextmanager
+def small_vocabulary(detector):
+    """The detector reads phrases as made-up ids: its text tower knows fewer tokens than CLIP."""
 
-    from sam3jax.model import Sam3
-    from tests.bridge import inputs
-    from tests.bridge import published as as_published
+    def tokenizer(texts, context_length):
+        rows = torch.zeros(len(texts), context_length, dtype=torch.long)
+        for row, text in zip(rows, texts, strict=True):
+            ids = torch.tensor([1 + ord(c) for c in text])
+            row[: len(ids)] = ids
+        return rows
 
-    torch.save(published(detector), tmp_path / "in.pt")
-    run("torch-to-jax", "--src", tmp_path / "in.pt", "--out", tmp_path / "folder")
-    config, params, _ = _load(tmp_path / "folder")
-    e = reference.example(SIZE, seed=5, images=3, prompts=1, box_prompts=2)
-    e["texts"] = ["a", "b", "a"]
     with pytest.MonkeyPatch.context() as patch:
-        ids = {"a": [1, 17, 2], "b": [1, 5, 9, 2]}
-        rows = np.zeros((2, SIZE.text_length), np.int64)
-        for row, text in enumerate(("a", "b")):
-            rows[row, : len(ids[text])] = ids[text]
-        encoder = detector.backbone.language_backbone
-        patch.setattr(
-            encoder,
-            "tokenizer",
-            lambda texts, context_length: torch.from_numpy(rows[["ab".index(t) for t in texts]]),
-        )
-        out, _ = reference.forward(detector, e, train=False)
-        images, tokens, prompts = inputs(detector, e)
-    ours = as_published(
-        jax.jit(Sam3(config).apply)({"params": params}, images, tokens, prompts), False
+        patch.setattr(detector.backbone.language_backbone, "tokenizer", tokenizer)
+        yield
+
+
+def run_folder(path: Path, base: Path, **settings) -> dict:
+    """A run folder as the trainer leaves it, what it trains moved at random; returns the variables."""
+    config = parse_config({"init": str(base), "output": str(path), "steps": 1, **settings})
+    started = checkpoint.load_base(config)
+    trainable, frozen = checkpoint.start(started)
+    rng = np.random.default_rng(8)
+    moved = lambda x: np.asarray(x) + 0.05 * rng.normal(size=x.shape).astype(np.float32)
+    trainable = jax.tree.map(moved, trainable)
+    rates = multipliers(trainable, frozen, started.config)
+    optimizer = build_optimizer(started.config, trainable, rates)
+    checkpoint.open_run_folder(started.config)
+    saved = checkpoint.Checkpoints(path, started.config)
+    saved.save(init_state(trainable, optimizer, False), {}, None)
+    saved.close()
+    return merge(trainable, frozen)
+
+
+def test_a_runs_merged_export_computes_in_torch_what_it_does_in_jax(tmp_path):
+    size = reference.Size(vocabulary=1024)
+    before = published(reference.detector(size, seed=3))
+    torch.save(before, tmp_path / "in.pt")
+    run("torch-to-jax", "--src", tmp_path / "in.pt", "--out", tmp_path / "folder")
+    trained = ["transformer.decoder.query_embed.weight", "backbone.vision_backbone.convs.0.*"]
+    variables = run_folder(
+        tmp_path / "run", tmp_path / "folder", trainable=trained, lora={"rank": 3}
     )
+    run("jax-to-torch", "--src", tmp_path / "run", "--out", tmp_path / "out.pt")
+    exported = load(tmp_path / "out.pt")
+    assert exported.keys() == before.keys()
+    changed = [n for n, t in exported.items() if not torch.equal(t, before[n])]
+    places = (
+        "transformer.",
+        "backbone.vision_backbone.trunk.blocks.",
+        "backbone.vision_backbone.convs.0.",
+    )
+    assert changed
+    assert not [n for n in changed if not n.startswith(tuple(f"detector.{p}" for p in places))]
+
+    tuned = reference.detector(size, seed=11)
+    run(
+        "jax-to-torch",
+        "--src",
+        tmp_path / "run",
+        "--out",
+        tmp_path / "bare.pt",
+        "--prefix",
+        "",
+        "--detector-only",
+    )
+    tuned.load_state_dict(load(tmp_path / "bare.pt"), strict=True)
+    e = reference.example(size, seed=5, images=3, prompts=1, box_prompts=2)
+    with small_vocabulary(tuned):
+        out, _ = reference.forward(tuned, e, train=False)
+        batch = inputs(tuned, e)
+    ours = as_published(jax.jit(Sam3(model_config(size)).apply)(variables, *batch), False)
     for name, expected in reference.stacked(out).items():
-        np.testing.assert_allclose(
-            ours[name], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=name
-        )
+        atol = 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(ours[name], expected, rtol=1e-4, atol=atol, err_msg=name)
+
+    run("jax-to-torch", "--src", tmp_path / "run", "--out", tmp_path / "adapter", "--adapter")
+    names = load(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert {n.split(".")[2] for n in names} == {"vision_encoder", "detr_encoder", "detr_decoder"}
+    run("inspect", tmp_path / "run")
+
+
+def test_what_a_run_did_not_train_is_exported_bit_for_bit(tmp_path):
+    """Also from a base in half precision, though the run computes in float32."""
+    size = reference.Size(vocabulary=1024)
+    before = {
+        n: t.bfloat16() if t.is_floating_point() else t
+        for n, t in published(reference.detector(size, seed=3)).items()
+    }
+    torch.save(before, tmp_path / "in.pt")
+    run("torch-to-jax", "--src", tmp_path / "in.pt", "--out", tmp_path / "folder")
+    lora = {"rank": 2, "targets": ["transformer.decoder.layers.1.*"]}
+    run_folder(tmp_path / "first", tmp_path / "folder", lora=lora)
+    run_folder(tmp_path / "second", tmp_path / "first", lora=lora)
+    for source in ("first", "second"):
+        run("jax-to-torch", "--src", tmp_path / source, "--out", tmp_path / f"{source}.pt")
+        exported = load(tmp_path / f"{source}.pt")
+        assert {n: t.dtype for n, t in exported.items()} == {n: t.dtype for n, t in before.items()}
+        changed = [n for n, t in exported.items() if not torch.equal(t, before[n])]
+        assert changed
+        assert not [
+            n for n in changed if not n.startswith("detector.transformer.decoder.layers.1.")
+        ]

@@ -1,0 +1,76 @@
+"""What can be exported: a model folder, or a run folder with its base and its adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from convert.adapters import Adapters, adapters_of
+from convert.weights import flatten
+from sam3jax.config import ConfigError, load_config
+from sam3jax.model_folder import ModelFolder, is_model_folder, open_model_folder
+from sam3jax.tensor_file import FileError, Tensor, is_float
+
+RUN = "config.yaml"
+
+
+def is_run_folder(path: str | Path) -> bool:
+    """Whether a folder is one that `python -m sam3jax.train` wrote."""
+    return (Path(path) / RUN).is_file() and not is_model_folder(path)
+
+
+def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
+    """(weights, adapters) of a model folder or of a run folder's best checkpoint.
+
+    A run's weights without its adapters; what was not trained is left unread in the model folder that
+    the run started from, in its own dtype. Trained weights take that dtype too. Carried tensors and the
+    vocabulary come from there.
+    Raises FileError or ConfigError that says what was found and expected.
+    """
+    path = Path(path)
+    if not is_run_folder(path):
+        if path.is_dir() and not is_model_folder(path):
+            raise FileError(
+                f"{path} is neither a model folder (config.json of python -m convert) nor a run folder (config.yaml)"
+            )
+        return open_model_folder(path), {}
+    from sam3jax.checkpoint import load_run
+
+    run = load_run(path)
+    start = load_config(path / RUN).init
+    root = _root(path)
+    tuned, before = flatten(run.variables["params"]), flatten(run.base_variables["params"])
+    direct = start is not None and is_model_folder(start)
+    leaves: dict[tuple[str, ...], Tensor] = {}
+    for name, leaf in tuned.items():
+        stored = root.leaves.get(name) if root else None
+        if direct and leaf is before[name]:
+            leaves[name] = stored
+        else:
+            tensor = Tensor.of(np.asarray(leaf))
+            leaves[name] = (
+                tensor.astype(stored.dtype) if stored and is_float(stored.dtype) else tensor
+            )
+    adapters = adapters_of(run.variables.get("lora", {}), run.variables.get("lora_scale", {}))
+    if root is None:
+        folder = ModelFolder(path, run.config.model, leaves, {}, run.tokenizer.to_json(), {})
+    else:
+        folder = dataclasses.replace(root, path=path, config=run.config.model, leaves=leaves)
+    return folder, adapters
+
+
+def _root(run: Path) -> ModelFolder | None:
+    """The model folder at the beginning of a chain of runs; None where it began with noise."""
+    seen: list[Path] = []
+    path = run
+    while is_run_folder(path):
+        if path.resolve() in seen:
+            raise ConfigError(f"{run} starts from itself: {' -> '.join(map(str, seen))}")
+        seen.append(path.resolve())
+        start = load_config(path / RUN).init
+        if start is None:
+            return None
+        path = Path(start)
+    return open_model_folder(path)
