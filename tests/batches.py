@@ -9,7 +9,7 @@ import numpy as np
 
 from sam3jax.config import Config, ModelConfig, parse_config
 from sam3jax.lora import init_lora
-from sam3jax.model import Sam3
+from sam3jax.model.init import init_params
 from sam3jax.trainable import split
 from sam3jax.types import Batch, Prompts, Targets
 
@@ -79,16 +79,9 @@ def random_batch(config: Config, seed: int, counts: np.ndarray, exemplars: int =
 @functools.cache
 def small_params(model: ModelConfig, seed: int = 0):
     """Parameters of a model with nothing left at zero."""
-    batch = random_batch(Config(model=model), 0, np.array([[1]]))
-
-    def init(key):
-        return Sam3(model).init(key, batch.images, batch.tokens, batch.prompts)["params"]
-
-    params = jax.jit(init)(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    return jax.tree.unflatten(tree, noisy)
+    rng = np.random.default_rng(seed)
+    noise = lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32)
+    return jax.tree.map(noise, init_params(model, seed))
 
 
 def small_split(config: Config):

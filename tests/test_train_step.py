@@ -108,7 +108,7 @@ def _reachable_from_loops(hlo: str) -> dict[str, str]:
 def test_base_params_receive_no_gradient_and_do_not_move():
     config = small_config()
     batch = random_batch(config, 2, COUNTS[:3])
-    trainable, frozen = small_split(config)
+    _, frozen = small_split(config)
     before = jax.tree.map(np.array, frozen)
     state, _, _ = run_once(config, batch, 1)
     assert set(state.trainable) == {"lora"}

@@ -1,0 +1,179 @@
+"""The trainer as people use it: a folder in, a run folder out; killed and resumed; wrong inputs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3jax import evaluate, train
+from sam3jax.config import dump_config, load_config
+from sam3jax.data.shapes import write_shapes
+from tests.batches import SMALL_MODEL
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    for seed, (split, pictures) in enumerate({"train": 24, "valid": 8}.items()):
+        write_shapes(folder / split, seed=seed, pictures=pictures, concepts="basic", size=96)
+    return folder
+
+
+def arguments(data, output, **changes):
+    settings = {
+        "output": output, "data.train": data, "steps": STEPS, "batch_size": 8, "eval_every": 3,
+        "save_every": 2, "log_every": 1, "train": "all", "optim.learning_rate": 1e-3,
+        "optim.warmup_steps": 2, "evaluation.panels": 1, **changes,
+    }  # fmt: skip
+    settings |= {f"model.{k}": v for k, v in SMALL_MODEL.items()}
+    return [f"{k}={v}" for k, v in settings.items()]
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train.main(arguments(data, run)) == 0
+    return run
+
+
+def test_a_run_folder_holds_what_it_should(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "predictions",
+                "summary.json", "evaluation.json", "report.html", "thresholds.json"}  # fmt: skip
+    assert expected <= names
+    found = losses(undisturbed)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    assert all(np.isfinite(v) for v in found.values())
+    first = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
+    parts = [v for k, v in first.items() if k.startswith("loss/")]
+    np.testing.assert_allclose(sum(parts), first["loss"], rtol=1e-5)
+    assert {"rate", "grad_norm", "loss_bbox", "loss_ce_aux_0_o2m", "mask_pairs"} <= set(first)
+    assert list(undisturbed.glob("tensorboard/*tfevents*"))
+    assert list(undisturbed.glob("predictions/*/*.png"))
+    config = load_config(undisturbed / "config.yaml")
+    assert load_config(undisturbed / "config.yaml") == config
+    assert dump_config(config) == (undisturbed / "config.yaml").read_text()
+
+
+def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monkeypatch):
+    run = tmp_path / "killed"
+
+    class Killed(Exception):
+        pass
+
+    put = train.put_batch
+    seen = []
+
+    def failing(batch, mesh):
+        if len(seen) == 4:
+            raise Killed
+        seen.append(batch)
+        return put(batch, mesh)
+
+    monkeypatch.setattr(train, "put_batch", failing)
+    with pytest.raises(Killed):
+        train.main(arguments(data, run))
+    monkeypatch.setattr(train, "put_batch", put)
+    assert train.main(arguments(data, run)) == 0
+    assert losses(run) == losses(undisturbed)
+    ours, theirs = (json.loads((r / "evaluation.json").read_text()) for r in (run, undisturbed))
+    assert ours["metrics"] == theirs["metrics"]
+
+
+def test_evaluate_says_what_the_log_said(undisturbed):
+    logged = json.loads((undisturbed / "best.json").read_text())["metrics"]
+    assert evaluate.main(["--run", str(undisturbed)]) == 0
+    again = json.loads((undisturbed / "evaluation.json").read_text())["metrics"]
+    assert again == logged
+
+
+def test_lora_starts_from_a_run_and_equals_what_evaluate_says(data, undisturbed, tmp_path):
+    run = tmp_path / "lora"
+    extra = {"init": undisturbed, "train": "lora", "lora.rank": 2}
+    assert train.main(arguments(data, run, **extra)) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["base"] == json.loads((undisturbed / "best.json").read_text())["metrics"]
+    assert 0 < summary["parameters_trained"] < summary["parameters"]
+    assert evaluate.main(["--run", str(run), "--compare"]) == 0
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["metrics"] == summary["best"]
+    assert report["base"]["metrics"] == summary["base"]
+
+
+def test_a_run_is_not_continued_with_other_settings(data, undisturbed, capsys):
+    assert train.main(arguments(data, undisturbed, **{"optim.learning_rate": 5e-4})) == 2
+    line = capsys.readouterr().err
+    assert "optim.learning_rate 0.001 -> 0.0005" in line
+
+
+def broken(kind, data, tmp_path):
+    """(overrides, words the message must hold) of one wrong input."""
+    if kind == "unknown key":
+        return {"optim.lr": 1e-3}, ["optim.lr", "unknown"]
+    if kind == "missing folder":
+        return {"data.train": tmp_path / "nowhere"}, ["nowhere"]
+    if kind == "no init":
+        return {"model.vocab_size": 49408}, ["init", "convert"]
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    file = copy / "train" / "_annotations.coco.json"
+    content = json.loads(file.read_text())
+    if kind == "not COCO":
+        file.write_text('{"frames": []}')
+        words = ["_annotations.coco.json"]
+    elif kind == "not JSON":
+        file.write_text("{")
+        words = ["_annotations.coco.json"]
+    elif kind == "unreadable picture":
+        picture = copy / "train" / content["images"][0]["file_name"]
+        picture.write_bytes(b"no picture")
+        words = [picture.name]
+    elif kind == "category without masks":
+        for a in content["annotations"]:
+            if a["category_id"] == content["annotations"][0]["category_id"]:
+                a["segmentation"] = []
+        file.write_text(json.dumps(content))
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        words = [names[content["annotations"][0]["category_id"]], "mask"]
+    return {"data.train": copy}, words
+
+
+KINDS = ["unknown key", "missing folder", "no init", "not COCO", "not JSON", "unreadable picture", "category without masks"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_inputs_get_one_clear_line_and_leave_nothing_behind(kind, data, tmp_path, capsys):
+    changes, words = broken(kind, data, tmp_path)
+    run = tmp_path / "run"
+    assert train.main(arguments(data, run, **changes)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("error: ")
+    for word in words:
+        assert word in error[0]
+    assert not run.exists()
+
+
+def test_a_checkpoint_of_another_size_is_named(data, undisturbed, tmp_path, capsys):
+    changes = {"init": undisturbed, "train": "lora"}
+    args = [
+        a for a in arguments(data, tmp_path / "run", **changes) if not a.startswith("model.dim")
+    ]
+    assert train.main([*args, "model.dim=64"]) == 2
+    assert "another size: it has dim 32 (the config says 64)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_written_by_a_run_can_be_opened(undisturbed):
+    for file in undisturbed.glob("predictions/*/*.png"):
+        with Image.open(file) as picture:
+            assert picture.size[0] > 200
