@@ -74,7 +74,9 @@ def resize_bilinear(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
     if size[1] != maps.shape[-1]:
         maps = product("rhw,xw->rhx", maps, columns)
     if size[0] != maps.shape[-2]:
-        maps = product("yh,rhx->ryx", rows, maps)
+        # One product per map: shared rows would make XLA:CPU transpose the large result.
+        rows = jnp.broadcast_to(rows, (len(maps), *rows.shape))
+        maps = product("ryh,rhx->ryx", rows, maps)
     return maps
 
 
@@ -196,7 +198,9 @@ def _chunk_sums(
     embed: jax.Array, pixels: jax.Array, bits: jax.Array, chunk: MaskPairs, config: LossConfig
 ) -> jax.Array:
     """embed [R, D], pixels [Y', X', D], bits [R, Y, ceil(X / 8)] -> [2, 2], see `mask_sums`."""
-    logits = jnp.einsum("rd,yxd->ryx", embed, pixels, preferred_element_type=jnp.float32)
+    # Pixels first, so that neither this product nor its gradients transpose the largest array.
+    logits = jnp.einsum("yxd,rd->yxr", pixels, embed, preferred_element_type=jnp.float32)
+    logits = logits.transpose(2, 0, 1)  # [R, Y', X']
     width = mask_width(bits, pixels[None])
     if config.num_sample_points is not None:
         points = jax.vmap(lambda key, m: uncertain_points(key, m, config))(chunk.key, logits)
