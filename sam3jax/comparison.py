@@ -33,7 +33,7 @@ def write_evaluation(
         report["base"] = summary(base, dataset)
         report["compare"] = compare(report["base"], report)
         write_json(output / "base_predictions.json", base.predictions)
-        chosen = [p for p in report["compare"]["pictures"] if p["difference"]]
+        chosen = report["compare"]["pictures"]
         draw_comparison(
             dataset, chosen, base.predictions, tuned.predictions, about["threshold"],
             output / "comparison",
@@ -67,7 +67,7 @@ def compare(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]
     pictures = [
         {**p, "base": scores[p["id"]], "difference": p["F1"] - scores[p["id"]]}
         for p in tuned["pictures"]
-        if p["id"] in scores
+        if scores.get(p["id"], p["F1"]) != p["F1"]
     ]
     return {
         "metrics": difference(base["metrics"], tuned["metrics"]),

@@ -238,14 +238,16 @@ def _print(report: Mapping[str, Any]) -> None:
     print(f"{report['weights']} (step {report['step']}) on {report['data']}")
     _print_metrics(report)
     if "compare" in report:
-        print("pictures where base and tuned differ most (F1):")
+        if report["compare"]["pictures"]:
+            print("pictures where base and tuned differ most (F1):")
         for p in report["compare"]["pictures"]:
             print(f"  {p['base']:.3f} -> {p['F1']:.3f}  {p['file']}")
     if probe := report.get("probe"):
         print(f"\nprobe: {probe['data']}")
         _print_metrics(probe)
-        lost = -min(probe["compare"]["metrics"].get(f"{k}/AP50", 0.0) for k in ("bbox", "segm"))
-        print(f"probe AP50 lost: {max(lost, 0.0):.3f}{' - worse than the base' * (lost > _WORSE)}")
+        change = min(probe["compare"]["metrics"].get(f"{k}/AP50", 0.0) for k in ("bbox", "segm"))
+        worse = f", worse than the base by more than {_WORSE}" if change < -_WORSE else ""
+        print(f"probe AP50 {change:+.3f}{worse}")
 
 
 def _print_metrics(report: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,12 +27,16 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.folders import open_datasets
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.doctor import describe
+from sam3jax.report_page import PAGE
 
 _PICTURES = 4  # best, worst and most different, each
 _POINTS = 400  # of a curve: more cannot be seen
 _TOGETHER = {"cgF1": "concept", "pmF1": "concept", "IL_MCC": "concept",
              "false_alarms": "false alarms", "false_alarms_empty": "false alarms",
              "precision": "at the threshold", "recall": "at the threshold"}  # fmt: skip
+_FIRST = ("segm", "bbox", "concept", "at the threshold", "false alarms", "segm by size",
+          "bbox by size", "loss", "loss/final", "loss/auxiliary", "loss/o2m", "rate", "grad_norm",
+          "images_per_second")  # fmt: skip
 _TILES = ("segm/AP", "segm/AP50", "bbox/AP", "cgF1", "recall", "false_alarms")
 _COLUMNS = {"instances": "n", "AP": "AP", "AP50": "AP50", "AP75": "AP75", "precision": "precision",
             "recall": "recall", "F1": "F1", "false_alarms": "false alarms",
@@ -70,7 +75,7 @@ def write_report(run: str | Path, datasets: Mapping[str, Dataset] | None = None)
     links = " ".join(f'<a href="#{name.lower()}">{name}</a>' for name, html in sections if html)
     step = f", step {evaluation['step']}" if "step" in evaluation else ""
     title = escape(folder.resolve().name)
-    page = _PAGE.format(
+    page = PAGE.format(
         title=title, step=step, data=escape(str(evaluation.get("data", ""))), links=links, body=body
     )
     part = folder / "report.html.part"
@@ -98,16 +103,27 @@ def read_curves(file: Path) -> dict[str, Series]:
                 values[split, name][step] = value
     charts: dict[str, Series] = defaultdict(dict)
     for (split, name), points in values.items():
-        prefix, _, last = name.rpartition("/")
-        chart = prefix or _TOGETHER.get(name, name)
-        line = last if split == "train" or prefix in ("bbox", "segm") else f"{last} ({split})"
+        chart, line = _place(name)
+        if split != "train" and line in charts[chart]:
+            line = f"{line} ({split})"
         charts[chart][line] = _thinned(sorted(points.items()))
-    return dict(sorted(charts.items(), key=lambda item: _chart_order(item[0])))
+    return dict(sorted(charts.items(), key=lambda item: (_rank(item[0]), item[0])))
 
 
-def _chart_order(chart: str) -> tuple[int, str]:
-    first = ("segm", "bbox", "concept", "false alarms", "loss", "loss/final", "rate")
-    return (first.index(chart) if chart in first else len(first), chart)
+def _place(name: str) -> tuple[str, str]:
+    """(chart, line) of a logged name: loss_ce_aux_0_o2m is line "aux 0 o2m" of chart loss_ce."""
+    prefix, _, last = name.rpartition("/")
+    if prefix in ("segm", "bbox") and "_" in last:
+        return f"{prefix} by size", last
+    if prefix or name in _TOGETHER:
+        return prefix or _TOGETHER[name], last
+    base, layer = re.fullmatch(r"(.+?)((?:_aux_\d+)?(?:_o2m)?)", name).groups()
+    return base, layer.replace("_", " ").strip() or name
+
+
+def _rank(chart: str) -> int:
+    """Place of a chart among those that everybody wants to see; beyond them for the others."""
+    return _FIRST.index(chart) if chart in _FIRST else len(_FIRST)
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -118,7 +134,7 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _curves(charts: Mapping[str, Series]) -> str:
-    drawn = []
+    drawn: dict[bool, list[str]] = {True: [], False: []}
     for chart, series in charts.items():
         values = [v for points in series.values() for _, v in points]
         wide = chart.startswith("loss") and min(values) > 0 and max(values) > 20 * min(values)
@@ -127,8 +143,13 @@ def _curves(charts: Mapping[str, Series]) -> str:
             if len(lines) == 1 and next(iter(lines)) != title:
                 title = f"{title}: {next(iter(lines))}"
             svg = draw.curves(lines, title=title, logarithmic=wide)
-            drawn.append(f'<figure class="chart">{svg}</figure>')
-    return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+            drawn[chart in _FIRST].append(f'<figure class="chart">{svg}</figure>')
+    if not charts:
+        return ""
+    main, others = (f'<div class="charts">{"".join(drawn[k])}</div>' for k in (True, False))
+    if not drawn[False]:
+        return main
+    return f"{main}<details><summary>everything else that was logged</summary>{others}</details>"
 
 
 def _split(series: Series, most: int = 8) -> Iterator[Series]:
@@ -192,7 +213,7 @@ def _pictures(folder: Path, evaluation: Mapping[str, Any], dataset: Dataset | No
     threshold = evaluation.get("threshold", 0.5)
     worst = scored[:_PICTURES]
     best = [p for p in reversed(scored) if p not in worst][:_PICTURES]
-    changed = [p for p in evaluation.get("compare", {}).get("pictures", ()) if p["difference"]]
+    changed = evaluation.get("compare", {}).get("pictures", ())
     blocks = []
     for title, chosen in (
         ("Best", best),
@@ -332,52 +353,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>' if text else ""
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} – sam3jax</title>
-<style>
-:root {{ --ink: #1c1e21; --soft: #666c75; --line: #dcdfe4; --page: #fff; --card: #f5f6f8;
-  --good: #0a7d33; --bad: #c0271b; --link: #1257b8; color-scheme: light dark; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8eaed; --soft: #9aa1ab; --line: #3a3f47;
-  --page: #16181b; --card: #212429; --good: #58c878; --bad: #ff8073; --link: #8ab8ff; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 1180px; padding: 16px; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }}
-h1 {{ font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.2rem; margin: 2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); }}
-h3 {{ font-size: 1rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere; }}
-h4 {{ font-size: .85rem; font-weight: 500; margin: .2rem 0; overflow-wrap: anywhere; }}
-nav {{ display: flex; flex-wrap: wrap; gap: .2rem .9rem; margin: .5rem 0; }}
-a {{ color: var(--link); }}
-.note, small, figcaption, summary {{ color: var(--soft); font-size: .85rem; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; margin-bottom: 14px; }}
-.tiles div {{ background: var(--card); border-radius: 8px; padding: 10px 12px; }}
-.tiles span {{ display: block; font-size: .8rem; color: var(--soft); }}
-.tiles b {{ font-size: 1.5rem; margin-right: .4rem; font-variant-numeric: tabular-nums; }}
-.table {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }}
-th, td {{ text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: var(--page); }}
-th {{ color: var(--soft); font-weight: 500; }}
-.good {{ color: var(--good); }} .bad {{ color: var(--bad); }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 12px; }}
-figure {{ margin: 0; }}
-.chart svg {{ width: 100%; height: auto; display: block; }}
-.chart svg text {{ font-family: inherit !important; }}
-.picture {{ margin-bottom: 16px; }}
-.parts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)); gap: 8px; max-width: 1180px; }}
-.parts img {{ width: 100%; height: auto; display: block; border-radius: 4px; }}
-pre {{ overflow-x: auto; background: var(--card); padding: 10px; border-radius: 8px; font-size: .8rem; }}
-@media print {{ details {{ display: block; }} nav {{ display: none; }} }}
-</style></head>
-<body>
-<header><h1>{title}</h1><p class="note">{data}{step}</p><nav>{links}</nav></header>
-{body}
-</body></html>
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,8 +45,10 @@ def write_run(folder: Path, data: Path, dataset: Dataset) -> None:
         fall = 40 * np.exp(-step / 500) + 5
         entry = {"step": step, "split": "train", "rate": 1e-4 * (1 - step / 2000), "loss": fall * 6}
         for part, weight in (("bbox", 0.4), ("giou", 0.9), ("ce", 2), ("mask", 1.5), ("dice", 3)):
-            for group in ("final", "aux", "o2m"):
+            for group in ("final", "auxiliary", "o2m"):
                 entry[f"loss/{group}/{part}"] = weight * fall * rng.uniform(0.8, 1.2) / 10
+            for layer in ("", "_aux_0", "_aux_1", "_o2m", "_aux_0_o2m", "_aux_1_o2m"):
+                entry[f"loss_{part}{layer}"] = fall * rng.uniform(0.8, 1.2)
         lines.append(json.dumps(entry))
         if step % 200 == 0:
             ap = 1 - np.exp(-step / 700)

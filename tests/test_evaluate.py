@@ -112,7 +112,8 @@ def test_the_command_compares_probes_and_stores_thresholds(run, folder, monkeypa
     assert set(read_thresholds(run.path)) == set(NAMES)
     results = json.loads((run.path / "predictions.json").read_text())
     assert {r["image_id"] for r in results} <= {0, 1, 2}
-    shown = [p for p in report["compare"]["pictures"] if p["difference"]]
+    shown = report["compare"]["pictures"]
+    assert all(p["difference"] == p["F1"] - p["base"] != 0 for p in shown)
     assert len(list((run.path / "comparison").glob("*.png"))) == len(shown)
     printed = capsys.readouterr().out
     assert "blue dog" in printed

@@ -118,8 +118,12 @@ def test_curves_survive_repeats_gaps_and_a_line_cut_off(tmp_path):
     charts = report.read_curves(file)
     assert charts["loss"]["loss"] == [(1, 5.0), (3, 3.0)]
     assert charts["segm"]["AP"] == [(3, 0.5)]
-    assert charts["concept"]["cgF1 (valid)"] == [(3, 0.25)]
+    assert charts["concept"]["cgF1"] == [(3, 0.25)]
     assert next(iter(charts)) == "segm"
+    assert report._place("loss_ce_aux_10_o2m") == ("loss_ce", "aux 10 o2m")
+    assert report._place("loss_ce") == ("loss_ce", "loss_ce")
+    assert report._place("segm/AP_small") == ("segm by size", "AP_small")
+    assert report._place("loss/o2m/ce") == ("loss/o2m", "ce")
     assert report.read_curves(tmp_path / "absent") == {}
     file.write_text("\n".join(json.dumps({"step": k, "loss": k}) for k in range(5001)))
     points = report.read_curves(file)["loss"]["loss"]
