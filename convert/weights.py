@@ -81,7 +81,7 @@ def to_torch(
 
     `carried` are the tensors that reach no output, as they came, by official name; absent ones are
     written as zeros. The RoPE tables that torch stores beside the weights (`freqs_cis`) come from
-    convert.rope; the official layout without them loads with `strict=False`.
+    convert.sizes.rope_tables; the official layout without them loads with `strict=False`.
     """
     leaves = {path: Tensor.of(np.asarray(leaf)) for path, leaf in flatten(params).items()}
     extra = {name: Tensor.of(np.asarray(array)) for name, array in (carried or {}).items()}

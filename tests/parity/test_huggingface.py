@@ -241,6 +241,8 @@ def test_adapters_through_peft_give_the_outputs_of_jax(tmp_path):
     write_adapter(tmp_path / "adapter", adapters_of(lora, scale), config, "facebook/sam3")
     content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (content["r"], content["lora_alpha"]) == (3, 7)
+    e = example(config, boxes=2)
+    before = theirs(model, e)
     tuned = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     placed = {n for n, _ in tuned.named_parameters() if "lora_" in n}
     stored = {
@@ -249,8 +251,6 @@ def test_adapters_through_peft_give_the_outputs_of_jax(tmp_path):
     }
     assert placed == stored
 
-    e = example(config, boxes=2)
-    before = ours(config, {"params": params}, e)
     after = ours(config, {"params": params, "lora": lora, "lora_scale": scale}, e)
     assert np.abs(after["pred_logits"] - before["pred_logits"]).max() > 0.1
     close(after, theirs(tuned, e))
