@@ -20,6 +20,7 @@ from flax import struct
 from jax import lax
 from pycocotools import mask as coco_mask
 
+from sam3jax.model import draw_masks
 from sam3jax.types import Outputs
 
 _MASKS_AT_ONCE = 8
@@ -106,9 +107,7 @@ def top_candidates(
     ranked, query = lax.top_k(scores(outputs), min(limit, outputs.o2o.logits.shape[-1]))  # [B, K]
     boxes = jnp.take_along_axis(outputs.o2o.boxes[-1], query[..., None], axis=1)
     embed = jnp.take_along_axis(outputs.o2o.mask_embed, query[..., None], axis=1)  # [B, K, D]
-    mask_logits = jnp.einsum(
-        "bkd,byxd->bkyx", embed, outputs.pixel_embed, preferred_element_type=jnp.float32
-    )
+    mask_logits = draw_masks(embed, outputs.pixel_embed)  # [B, K, Y', X']
     keep = jnp.ones(ranked.shape, bool)
     if nms is not None:
         keep = mask_nms(mask_logits > logit(mask_threshold), nms)
