@@ -1,12 +1,14 @@
-"""The `config.json` that transformers reads beside a checkpoint in its layout."""
+"""The JSON files that transformers reads beside a checkpoint in its layout."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from convert.keymap import PROJECTION
 from sam3jax.config import ModelConfig
+from sam3jax.data.tokenizer import ENDS, STARTS
 
 
 def huggingface_config(
@@ -94,5 +96,31 @@ def _detector(c: ModelConfig, projection: int) -> dict[str, Any]:
             "model_type": "sam3_mask_decoder",
             "hidden_size": c.dim,
             "num_attention_heads": c.heads,
+        },
+    }
+
+
+def processor_files(c: ModelConfig, tokenizer: str) -> dict[str, dict[str, Any]]:
+    """What `Sam3Processor.from_pretrained` reads beside the `tokenizer.json` of this text, by file name."""
+    vocabulary = json.loads(tokenizer)["model"]["vocab"]
+    start, end = (next(name for name in names if name in vocabulary) for names in (STARTS, ENDS))
+    square = {"height": c.image_size, "width": c.image_size}
+    return {
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": c.text_length,
+            "bos_token": start,
+            "eos_token": end,
+            "unk_token": end,
+            "pad_token": end,
+        },
+        "processor_config.json": {
+            "processor_class": "Sam3Processor",
+            "image_processor": {
+                "image_processor_type": "Sam3ImageProcessor",
+                "size": square,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+            },
         },
     }

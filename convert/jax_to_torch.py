@@ -12,7 +12,7 @@ from typing import Any
 from convert import tracker
 from convert.adapters import Adapters, count_layers, merge
 from convert.files import write_checkpoint
-from convert.huggingface_config import huggingface_config
+from convert.huggingface_config import huggingface_config, processor_files
 from convert.names import CLASS_POSITION, DETECTOR, INTERACTIVE, to_huggingface
 from convert.sizes import rope_tables
 from convert.torch_to_jax import cast
@@ -148,3 +148,5 @@ def _write_folder(
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if folder.tokenizer is not None:
             (temporary / "tokenizer.json").write_text(folder.tokenizer, "utf-8")
+            for name, content in processor_files(folder.config, folder.tokenizer).items():
+                (temporary / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")

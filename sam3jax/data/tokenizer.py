@@ -27,7 +27,7 @@ import regex
 import tokenizers
 
 START, END = "<start_of_text>", "<end_of_text>"
-_STARTS, _ENDS = (START, "<|startoftext|>"), (END, "<|endoftext|>")
+STARTS, ENDS = (START, "<|startoftext|>"), (END, "<|endoftext|>")
 _END_OF_WORD = "</w>"
 # CLIP's words: contractions, runs of letters, single digits, runs of anything else.
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -85,7 +85,7 @@ class Tokenizer:
             raise ValueError(f"length {length}: at least 2, for the start and the end token")
         self._tokenizer = _read(source)
         self.length = length
-        self.start, self.end = (self._special(names) for names in (_STARTS, _ENDS))
+        self.start, self.end = (self._special(names) for names in (STARTS, ENDS))
         missing = [c for c in byte_alphabet() if self._tokenizer.token_to_id(c) is None]
         if not isinstance(self._tokenizer.model, tokenizers.models.BPE) or missing:
             kind = type(self._tokenizer.model).__name__
