@@ -237,6 +237,9 @@ class DataConfig(_Section):
     )
     train_split: str = Field("train", description="split of a Roboflow or classic COCO folder")
     valid_split: str = "valid"
+    limit: int | None = Field(
+        None, ge=1, description="use only the first pictures of each split, to see whether they fit"
+    )
     phrases: dict[str, str] = Field(
         {}, description="category name -> what to ask instead, for names like GlassBottle_Close"
     )

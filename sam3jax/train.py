@@ -94,7 +94,7 @@ def train(config: Config) -> dict[str, Any]:
 
         validate = Validation(config, valid_data, phrases, tokens, frozen, run, log, process)
         before = validate.base(base) if valid_data is not None and config.init else None
-        frozen = put_replicated(_compact(frozen, config), mesh)
+        frozen = put_replicated(compact(frozen, config), mesh)
         text = None
         if not text_is_trained(trainable):
             text = put_replicated(encode_vocabulary(config, merge(trainable, frozen), tokens), mesh)
@@ -230,7 +230,7 @@ def _log_step(log, pending, timer: Timer, schedule, config: Config, force: bool 
     log.train(number, values)
 
 
-def _compact(frozen: Tree, config: Config) -> Tree:
+def compact(frozen: Tree, config: Config) -> Tree:
     """Frozen kernels in the compute dtype: the values each layer would cast them to, half the bytes."""
     dtype = config.model.compute_dtype
 

@@ -112,6 +112,8 @@ def open_dataset(config: Config, path: str, split: str) -> Dataset:
 
         return shapes_dataset(split, config.data)
     dataset = read_dataset(path, split)
+    if config.data.limit is not None:
+        dataset = replace(dataset, images=dataset.images[: config.data.limit])
     if config.data.phrases:
         dataset = rename_categories(dataset, config.data.phrases)
     if config.loss.masks and not config.data.allow_missing_masks:
