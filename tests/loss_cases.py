@@ -7,11 +7,26 @@ tests. Predicted masks are arbitrary: with D = Q, mask_embed = identity and pixe
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam3jax.config import LossConfig
+from sam3jax.losses import compute_losses
 from sam3jax.types import Detections, Outputs, Targets
+
+LEAVES = (
+    "logits",
+    "boxes",
+    "logits_o2m",
+    "boxes_o2m",
+    "presence",
+    "masks",
+    "masks_o2m",
+    "semantic",
+)
 
 
 @dataclasses.dataclass
@@ -137,3 +152,44 @@ def to_targets(case: Case) -> Targets:
         num_targets=jnp.asarray(case.num_targets),
         is_exhaustive=jnp.asarray(case.exhaustive),
     )
+
+
+@functools.lru_cache
+def loss_and_gradient(config: LossConfig):
+    """Compiled (outputs, targets, prompt_valid, point_rng) -> ((total, terms), gradient of outputs)."""
+
+    def run(outputs, targets, valid, rng):
+        loss = lambda o: compute_losses(o, targets, valid, config, point_rng=rng)
+        return jax.value_and_grad(loss, has_aux=True)(outputs)
+
+    # Many programs, each run a few times: the code generator's optimisations are not worth their time.
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def run(case: Case, config: LossConfig, *, rng=None, dtype=jnp.float32):
+    """Terms and gradients of our loss, as {name: float} and {leaf: array} with the leaves of a Case."""
+    inputs = to_outputs(case, dtype), to_targets(case), jnp.asarray(case.prompt_valid), rng
+    (_, terms), g = loss_and_gradient(config)(*inputs)
+    q = case.masks.shape[1]
+    masks = np.asarray(g.pixel_embed.astype(jnp.float32)).transpose(0, 3, 1, 2)
+    grads = (
+        g.o2o.logits, g.o2o.boxes, g.o2m.logits, g.o2m.boxes, g.presence_logits,
+        masks[:, :q], masks[:, q:], g.semantic_logits,
+    )  # fmt: skip
+    grads = {k: np.asarray(v, np.float32) for k, v in zip(LEAVES, grads)}
+    return {k: float(v) for k, v in terms.items()}, grads
+
+
+def assert_same(got: tuple, want: tuple, *, terms: float = 1e-5, grads: float = 1e-4) -> None:
+    """Two results of `run` (or of the torch reference as `want`) agree within relative tolerances.
+
+    A term that only the reference has must be 0 there. Gradients are compared relative to each entry
+    and to the largest entry of their array.
+    """
+    for key, value in want[0].items():
+        if key not in got[0]:
+            assert value == 0, f"{key} is {value} in the reference and missing here"
+        np.testing.assert_allclose(got[0].get(key, 0), value, rtol=terms, atol=1e-6, err_msg=key)
+    for key, value in want[1].items():
+        scale = max(np.abs(value).max(), 1e-6)
+        np.testing.assert_allclose(got[1][key], value, rtol=grads, atol=grads * scale, err_msg=key)

@@ -11,22 +11,11 @@ from sam3.train.loss import loss_fns, sam3_loss
 from sam3.train.matcher import BinaryHungarianMatcherV2, BinaryOneToManyMatcher
 
 from sam3jax.config import LossConfig
-from tests.loss_cases import Case
+from tests.loss_cases import LEAVES, Case
 
 # The Triton kernel needs a GPU; the function's own torch branch is the same formula.
 if not isinstance(loss_fns.sigmoid_focal_loss, functools.partial):
     loss_fns.sigmoid_focal_loss = functools.partial(loss_fns.sigmoid_focal_loss, triton=False)
-
-LEAVES = (
-    "logits",
-    "boxes",
-    "logits_o2m",
-    "boxes_o2m",
-    "presence",
-    "masks",
-    "masks_o2m",
-    "semantic",
-)
 
 
 def matcher(c: LossConfig) -> BinaryHungarianMatcherV2:
@@ -73,8 +62,8 @@ def wrapper(c: LossConfig) -> sam3_loss.Sam3LossWrapper:
     )  # fmt: skip
 
 
-def run(case: Case, c: LossConfig) -> tuple[dict[str, float], dict[str, np.ndarray], dict]:
-    """Terms (core_loss scaled), gradients of core_loss by leaf, assignments by suffix."""
+def run(case: Case, c: LossConfig) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Terms (core_loss scaled), gradients of core_loss by leaf."""
     leaf = {k: torch.from_numpy(np.array(getattr(case, k))).requires_grad_() for k in LEAVES}
     layers, pairs = case.logits.shape[:2]
 
@@ -95,11 +84,15 @@ def run(case: Case, c: LossConfig) -> tuple[dict[str, float], dict[str, np.ndarr
         out["aux_outputs"] = [stage(i, False) for i in range(layers - 1)]
     targets = to_torch_targets(case)
     loss = wrapper(c)
-    seen = {"o2o": [], "o2m": []}
     for o in (out, *out.get("aux_outputs", [])):
         o["indices"] = loss.matcher(o, targets)
-        seen["o2o"].append(o["indices"])
-    terms = loss.compute_loss(out, targets)
+    find_targets = targets
+    if c.mask_resolution == "prediction":
+        small = torch.nn.functional.interpolate(
+            targets["masks"][:, None].float(), size=case.masks.shape[-2:], mode="nearest-exact"
+        )
+        find_targets = {**targets, "masks": small[:, 0] > 0}
+    terms = loss.compute_loss(out, find_targets)
     if loss.loss_fn_semantic_seg is not None:
         more = loss.loss_fn_semantic_seg(out, targets)
         terms["core_loss"] = terms["core_loss"] + more.pop("core_loss")
@@ -110,7 +103,7 @@ def run(case: Case, c: LossConfig) -> tuple[dict[str, float], dict[str, np.ndarr
     grads = {
         k: (v.grad if v.grad is not None else torch.zeros_like(v)).numpy() for k, v in leaf.items()
     }
-    return {k: float(v) for k, v in terms.items()}, grads, seen
+    return {k: float(v.detach()) for k, v in terms.items()}, grads
 
 
 def to_torch_targets(case: Case) -> dict:
