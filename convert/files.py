@@ -34,7 +34,8 @@ class Checkpoint:
 
     carried: tensors that an earlier export kept beside the file. config: the `config.json` beside the
     weights, if any. tokenizer: the file beside the weights that holds a vocabulary, if any.
-    ignored: other things in the file, such as an optimizer's state.
+    ignored: other things in the file, such as an optimizer's state. others: checkpoints beside it in
+    the folder that was asked for.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     tokenizer: Path | None = None
     ignored: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +75,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     config = (
         _read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else None
     )
-    return Checkpoint(file, tensors, carried, config, _tokenizer_beside(file.parent), ignored)
+    others = tuple(p.name for p in _candidates(path) if p != file) if path.is_dir() else ()
+    vocabulary = _tokenizer_beside(file.parent)
+    return Checkpoint(file, tensors, carried, config, vocabulary, ignored, others)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -81,14 +85,18 @@ def _weights_in(folder: Path) -> Path:
     for name in ("model.safetensors", "model.safetensors.index.json"):
         if (folder / name).is_file():
             return folder / name
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix in (".safetensors", ".pt", ".pth", ".bin")
-    )
-    files = [p for p in files if not p.name.endswith(CARRIED)]
+    files = _candidates(folder)
     if len(files) == 1:
         return files[0]
     found = ", ".join(p.name for p in files) or "no .pt or .safetensors file"
     raise FileError(f"{folder} holds {found}: give the path of one checkpoint file")
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoint files of a folder, shards and what exports keep aside left out."""
+    endings = (".safetensors", ".pt", ".pth", ".bin")
+    files = sorted(p for p in folder.iterdir() if p.suffix in endings)
+    return [p for p in files if not p.name.endswith(CARRIED) and "-of-" not in p.name]
 
 
 def _tokenizer_beside(folder: Path) -> Path | None:

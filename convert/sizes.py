@@ -63,7 +63,10 @@ def infer_config(
             f"{depth} ViT blocks do not divide into stages of {found['vit_stage_blocks']}: "
             "set the right number with --set vit_stage_blocks=..."
         )
+    preset = _is_preset({**found, "depth": depth})
     found["vit_stages"] = depth // found["vit_stage_blocks"]
+    if preset:
+        found = {"preset": preset, **found}  # for what no tensor tells, such as dropout
     try:
         return ModelConfig(**found), notes
     except ValidationError as error:

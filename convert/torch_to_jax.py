@@ -53,6 +53,10 @@ def understand(src: str | Path, overrides: Mapping[str, Any] | None = None) -> R
         notes.append(
             f"beside the weights the file holds, left out: {', '.join(checkpoint.ignored)}"
         )
+    if checkpoint.others:
+        notes.append(
+            f"the folder also holds {', '.join(checkpoint.others)}; give the file's path to take that instead"
+        )
     return Reading(checkpoint, sorted_, config, tuple(notes))
 
 

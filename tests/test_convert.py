@@ -13,12 +13,16 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="checkpoints are torch's")
 
+import jax
+
 from convert import to_flax, to_torch
 from convert.__main__ import main
 from convert.files import read_checkpoint, to_torch_tensor
 from convert.keymap import carried_shapes, entries
+from convert.sizes import HUGGINGFACE_SWITCHES
 from convert.weights import ConversionError, leaf_shapes, unflatten
 from sam3jax.config import ModelConfig
+from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.model_folder import load_model_folder, save_model_folder
 from sam3jax.tensor_file import FileError, Tensor, read_header, write_tensors
 
@@ -160,8 +164,8 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named_at_once(tmp_path, t
     broken = dict(tensors)
     del broken["transformer.decoder.norm.weight"], broken["dot_prod_scoring.hs_proj.bias"]
     broken["segmentation_head.cross_attn_norm.weight"] = torch.zeros(7)
-    broken["transformer.encoder.layers.0.linear2.weight"] = torch.zeros(256, 96)
-    broken["backbone.vision_backbone.trunk.ln_pre.bias"] = torch.zeros(96, dtype=torch.int8)
+    broken["transformer.encoder.layers.0.linear2.weight"] = torch.zeros(TINY.ffn, TINY.dim)
+    broken["backbone.vision_backbone.trunk.ln_pre.bias"] = torch.zeros(TINY.vit_dim, dtype=torch.int8)
     broken["transformer.decoder.layers.0.adapter.weight"] = torch.zeros(1)
     torch.save(broken, tmp_path / "x.pt")
     said = convert(capsys, tmp_path / "x.pt", tmp_path / "out")
@@ -169,7 +173,7 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named_at_once(tmp_path, t
     assert "2 missing: " in said
     assert "3 misshapen: " in said
     assert "1 surplus: transformer.decoder.layers.0.adapter.weight" in said
-    assert "segmentation_head.cross_attn_norm.weight is [7], expected [96]" in said
+    assert f"segmentation_head.cross_attn_norm.weight is [7], expected [{TINY.dim}]" in said
     assert "expected a floating dtype" in said
     assert main(["inspect", str(tmp_path / "x.pt")]) == 0
     said = capsys.readouterr().out
@@ -247,8 +251,6 @@ def test_a_folder_of_something_else_is_never_replaced(checkpoint, tmp_path, caps
 
 
 def test_a_vocabulary_of_another_model_is_refused(checkpoint, tmp_path, capsys):
-    from sam3jax.data.tokenizer import build_byte_tokenizer
-
     (tmp_path / "tokenizer.json").write_text(build_byte_tokenizer(1025))
     said = convert(capsys, checkpoint, tmp_path / "out")
     assert "1,025 tokens" in said
@@ -299,8 +301,6 @@ def test_files_are_what_the_safetensors_package_writes(tmp_path):
 
 
 def test_a_model_folder_keeps_params_config_and_phrases(tmp_path, tensors):
-    from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
-
     params = to_flax({n: t.numpy() for n, t in tensors.items()}, TINY)
     tokenizer = Tokenizer(build_byte_tokenizer(), TINY.text_length)
     save_model_folder(tmp_path / "m", TINY, params, tokenizer, carried={"tracker.x": np.ones(3)})
@@ -313,6 +313,25 @@ def test_a_model_folder_keeps_params_config_and_phrases(tmp_path, tensors):
     )
     _, halves, _ = load_model_folder(tmp_path / "m", dtype="float16")
     assert halves["vit"]["pos_embed"].dtype == np.float16
+
+
+@pytest.mark.parametrize("layout", ["official", "huggingface"])
+def test_a_model_born_here_comes_back_with_its_settings(tmp_path, tensors, layout):
+    """Its heads and dropout show in no tensor; the preset of these sizes tells them."""
+    params = to_flax({n: t.numpy() for n, t in tensors.items()}, TINY)
+    save_model_folder(tmp_path / "m", TINY, params, build_byte_tokenizer())
+    out = tmp_path / ("out.pt" if layout == "official" else "out")
+    assert (
+        main(["jax-to-torch", "--src", str(tmp_path / "m"), "--out", str(out), "--layout", layout])
+        == 0
+    )
+    assert main(["torch-to-jax", "--src", str(out), "--out", str(tmp_path / "again")]) == 0
+    config, again, _ = load_model_folder(tmp_path / "again")
+    switches = HUGGINGFACE_SWITCHES if layout == "huggingface" else {}
+    assert config == TINY.model_copy(update={**switches, "vit_norm_eps": TINY.vit_norm_eps})
+    positions = again["vit"].pop("pos_embed"), params["vit"].pop("pos_embed")
+    np.testing.assert_array_equal(positions[0][:, 1:], positions[1][:, 1:])
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
 
 
 def test_a_damaged_model_folder_is_named(tmp_path, tensors):
