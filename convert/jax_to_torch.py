@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
+import numpy as np
+
 from convert import tracker
 from convert.adapters import Adapters, count_layers, merge
 from convert.files import write_checkpoint
@@ -66,6 +69,8 @@ def assemble(
     """The tensors of an export by their final names, and carried ones that the layout has no place for."""
     config, carried = folder.config, folder.carried
     inside = torch_tensors(folder.leaves, config, carried)
+    for name, dtype in folder.source.get("dtypes", {}).items():
+        inside[name] = inside[name].astype(np.dtype(dtype))
     others = {} if detector_only else {
         name: t for name, t in carried.items() if tracker.is_tracker(name) or name.startswith(INTERACTIVE)
     }  # fmt: skip

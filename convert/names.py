@@ -194,6 +194,11 @@ def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
         raise FileError(
             "this checkpoint holds a SAM 3 tracker without its detector; take the whole sam3.pt or model.safetensors"
         )
+    if re.search(r"\.lora_[AB]\.", joined):
+        raise FileError(
+            f"these are LoRA adapters ({len(bare) // 2} layers) without their base model; convert the base checkpoint, "
+            "adapters are read from run folders only"
+        )
     some = ", ".join(list(bare)[:3])
     raise FileError(
         f"no SAM 3 detector in this checkpoint of {len(bare)} tensors (the first: {some})"

@@ -15,7 +15,7 @@ from convert.adapters import Adapters, count_layers
 from convert.files import Checkpoint, read_checkpoint
 from convert.names import Layout, Sorted, sort_tensors
 from convert.sizes import infer_config, missing_dead
-from convert.weights import ConversionError, flax_tensors
+from convert.weights import ConversionError, flax_tensors, narrowed
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer, build_clip_tokenizer
 from sam3jax.model_folder import ModelFolder, is_model_folder, save_model_folder
@@ -86,6 +86,8 @@ def torch_to_jax(
         "detector": layout.detector,
         "doubled": layout.doubled,
     }
+    if dtype is None and (narrow := narrowed(reading.sorted.live, leaves, reading.config)):
+        source["dtypes"] = narrow
     if tracker := (reading.checkpoint.config or {}).get("tracker_config"):
         source["tracker_config"] = tracker
     save_model_folder(

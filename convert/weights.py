@@ -172,11 +172,24 @@ def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
+def narrowed(
+    tensors: Mapping[str, Tensor], leaves: Mapping[Path, Tensor], config: ModelConfig
+) -> dict[str, str]:
+    """{torch name: dtype} of the tensors whose leaf is wider than they are, to be undone on the way back."""
+    found = {entry.torch: leaves[entry.path].dtype for entry in entries(config)}
+    return {n: str(tensors[n].dtype) for n, dtype in found.items() if tensors[n].dtype != dtype}
+
+
+def _common_dtype(dtypes: set[np.dtype]) -> np.dtype:
+    """Layers stored in different dtypes share one array: of one that holds them all."""
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
 def _leaf(shape: tuple[int, ...], parts: Mapping[tuple[int, ...], tuple[Entry, Tensor]]) -> Tensor:
     """One leaf of the tree; its layers are read, turned and stacked when asked for."""
-    dtypes = {tensor.dtype for _, tensor in parts.values()}
-    # Layers stored in different dtypes share one array: float32 holds what any half type holds.
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    dtype = _common_dtype({tensor.dtype for _, tensor in parts.values()})
     depth = len(next(iter(parts)))
 
     def get(slot: tuple[int, ...]) -> np.ndarray:

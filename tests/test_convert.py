@@ -151,6 +151,7 @@ def test_absent_shards_are_listed(tmp_path, capsys):
         ),
         (("image_encoder.blocks.0.norm1.weight", "prompt_encoder.x"), "SAM 1 checkpoint"),
         (("tracker.no_mem_embed", "tracker.obj_ptr_proj.layers.0.weight"), "tracker without its detector"),
+        (("base_model.model.detr_encoder.layers.0.mlp.fc1.lora_A.weight",), "LoRA adapters"),
         (("layer1.conv.weight",), "no SAM 3 detector"),
     ],
 )  # fmt: skip
@@ -165,7 +166,9 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named_at_once(tmp_path, t
     del broken["transformer.decoder.norm.weight"], broken["dot_prod_scoring.hs_proj.bias"]
     broken["segmentation_head.cross_attn_norm.weight"] = torch.zeros(7)
     broken["transformer.encoder.layers.0.linear2.weight"] = torch.zeros(TINY.ffn, TINY.dim)
-    broken["backbone.vision_backbone.trunk.ln_pre.bias"] = torch.zeros(TINY.vit_dim, dtype=torch.int8)
+    broken["backbone.vision_backbone.trunk.ln_pre.bias"] = torch.zeros(
+        TINY.vit_dim, dtype=torch.int8
+    )
     broken["transformer.decoder.layers.0.adapter.weight"] = torch.zeros(1)
     torch.save(broken, tmp_path / "x.pt")
     said = convert(capsys, tmp_path / "x.pt", tmp_path / "out")
@@ -313,6 +316,23 @@ def test_a_model_folder_keeps_params_config_and_phrases(tmp_path, tensors):
     )
     _, halves, _ = load_model_folder(tmp_path / "m", dtype="float16")
     assert halves["vit"]["pos_embed"].dtype == np.float16
+
+
+def test_layers_of_different_dtypes_keep_theirs(tmp_path, tensors):
+    """Layers of a stack share one array; what they were stored as is not lost."""
+    half = {"transformer.encoder.layers.1.norm1.weight": torch.bfloat16, "backbone.vision_backbone.trunk.blocks.1.attn.qkv.bias": torch.float16}  # fmt: skip
+    state = {name: t.to(half.get(name, t.dtype)) for name, t in tensors.items()}
+    torch.save(state, tmp_path / "in.pt")
+    assert (
+        main(["torch-to-jax", "--src", str(tmp_path / "in.pt"), "--out", str(tmp_path / "m")]) == 0
+    )
+    assert (
+        main(["jax-to-torch", "--src", str(tmp_path / "m"), "--out", str(tmp_path / "out.pt")]) == 0
+    )
+    back = torch.load(tmp_path / "out.pt", weights_only=True)
+    for name, tensor in state.items():
+        assert back[name].dtype == tensor.dtype, name
+        assert torch.equal(back[name], tensor), name
 
 
 @pytest.mark.parametrize("layout", ["official", "huggingface"])
