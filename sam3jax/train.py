@@ -170,7 +170,8 @@ class Validation:
             raise DataError(
                 f"best_metric {name!r} is not measured here; there are {', '.join(found.metrics)}"
             )
-        if self.best is None or found.metrics[name] > self.best[name]:
+        # Of equals the later one, as the checkpoints have it.
+        if self.best is None or found.metrics[name] >= self.best[name]:
             self.best = found.metrics
             if jax.process_index() == 0:
                 about = {"run": str(self._run), "step": number, "weights": "tuned", "threshold": self._config.evaluation.threshold}  # fmt: skip

@@ -162,3 +162,18 @@ def test_trained_text_tower_is_encoded_in_the_step():
     state, metrics, _ = run_once(config, batch, 1)
     assert np.isfinite(metrics["loss"])
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient_of(config, state)))
+
+
+def test_accumulated_gradients_are_averaged_into_one_update():
+    """Two steps on the same pictures with accumulate=2 are one step without."""
+    batch = random_batch(small_config(), 7, COUNTS[:3])
+    states = {}
+    for accumulate in (1, 2):
+        config = small_config(steps=4, optim={"accumulate": accumulate, "warmup_steps": 0, "schedule": "constant"})  # fmt: skip
+        trainable, frozen = small_split(config)
+        optimizer = build_optimizer(config, trainable, multipliers(trainable, frozen, config))
+        if accumulate == 2:
+            waiting, _, _ = run_once(config, batch, 1, optimizer, steps=1)
+            chex.assert_trees_all_equal(waiting.trainable, jax.device_get(trainable))
+        states[accumulate], _, _ = run_once(config, batch, 1, optimizer, steps=accumulate)
+    chex.assert_trees_all_close(states[1].trainable, states[2].trainable, rtol=1e-5, atol=1e-8)
