@@ -166,7 +166,7 @@ def _mask_sums_backward(config, saved, cotangent):
             # Sums of many chunks: in float32 whatever the model computes in.
             return grads[0].at[chunk.query].add(d_embed.astype(jnp.float32)), grads[1] + d_pixels
 
-        zero = _zero_like(embed, pixels, masks, count) + 0 * cotangent[0, 0]
+        zero = _zero_like(embed, pixels, masks, count, cotangent)
         start = tuple(jnp.zeros(x.shape) + zero for x in (embed, pixels))
         grads = jax.lax.fori_loop(0, _num_chunks(count, config), body, start)
         return grads[0].astype(embed.dtype), grads[1].astype(pixels.dtype)

@@ -18,6 +18,8 @@ from sam3jax.config import LossConfig
 
 # Stands for a cost that is not a number (a model that has diverged): the loop must still end.
 _NOT_FINITE = 1e8
+# Problems that advance together: more wait longer for the slowest of them, and leave a CPU's cache.
+_TOGETHER = 128
 
 
 def match_cost(
@@ -88,7 +90,8 @@ def _solve_first(size: int, cost: jax.Array, num_targets: jax.Array) -> jax.Arra
         place = jnp.arange(size - q) < (num_targets - q)[:, None]
         places = jnp.where(place[:, None], jnp.zeros_like(cost[..., :1]), jnp.inf)
         cost = jnp.concatenate([cost, places], axis=2)
-    queries = jnp.minimum(jax.vmap(_shortest_augmenting_paths)(cost, num_targets), q)
+    solve = lambda problem: _shortest_augmenting_paths(*problem)
+    queries = jnp.minimum(jax.lax.map(solve, (cost, num_targets), batch_size=_TOGETHER), q)
     return jnp.pad(queries, ((0, 0), (0, t - size)), constant_values=q)
 
 

@@ -19,6 +19,8 @@ from sam3jax.mask_loss import point_coordinates
 from tests.loss_cases import LEAVES, Case, assert_same, random_case, run, to_outputs, to_targets
 from tests.parity import loss_reference as reference
 
+matched = jax.jit(match, static_argnums=2)
+
 
 def assert_equal(case: Case, config: LossConfig, **options) -> dict[str, float]:
     got, want = run(case, config, **options), reference.run(case, config)
@@ -55,7 +57,7 @@ def test_special_cases_equal_torch(name):
     terms = assert_equal(case, LossConfig())
     if name == "a query with several targets":
         config = LossConfig()
-        queries = match(to_outputs(case), truth_of(case), config).o2m[-1].reshape(6, -1)
+        queries = matched(to_outputs(case), truth_of(case), config).o2m[-1].reshape(6, -1)
         used = [q[q < case.logits.shape[-1]] for q in np.asarray(queries)]
         assert any(len(np.unique(u)) < len(u) for u in used), "the case has lost its point"
     if without_masks:
@@ -118,7 +120,7 @@ def test_sampled_points_equal_torch_on_the_same_coordinates(monkeypatch):
     config = LossConfig(num_sample_points=20, oversample_ratio=3.0, importance_sample_ratio=0.75)
     case, rng = random_case(6), jax.random.key(6)
     truth = truth_of(case)
-    matches = match(to_outputs(case), truth, config)
+    matches = matched(to_outputs(case), truth, config)
     pairs, _ = mask_pairs(to_outputs(case), matches, truth, config, rng)
     # torch draws once for all kept pairs, one-to-one in order of (prompt, target), one-to-many in
     # order of (prompt, query, target): hand it the points that ours draws pair by pair.
@@ -161,7 +163,7 @@ def test_assignments_equal_torch(seed):
         dict(logit_scale=80.0),
     ][seed]
     case = random_case(20 + seed, **shape)
-    matches = jax.jit(match, static_argnums=2)(to_outputs(case), truth_of(case), config)
+    matches = matched(to_outputs(case), truth_of(case), config)
     layers, _, q = case.logits.shape
     targets = reference.to_torch_targets(case)
     offset = np.concatenate([[0], case.num_targets.reshape(-1).cumsum()])
