@@ -94,6 +94,9 @@ def assemble(
         inside, dropped = to_huggingface(inside)
         translated, rest = tracker.to_huggingface(neck | outside)
         out = {before + name: t for name, t in inside.items()}
+        buffers = {n: t for n, t in carried.items() if n.startswith(DETECTOR[layout])}
+        out |= {before + n.removeprefix(DETECTOR[layout]): t for n, t in buffers.items()}
+        used |= set(buffers)
         again = tracker.HUGGINGFACE if folder.source.get("doubled") else ""
         for name, t in translated.items():
             twice = again if name.startswith(tracker.HUGGINGFACE) else ""

@@ -22,7 +22,7 @@ _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # DDP, Lightning
 DETECTOR = {"official": "detector.", "huggingface": "detector_model."}
 TRACKER = {"official": ("tracker.",), "huggingface": ("tracker_model.", "tracker_neck.")}
 CLASS_POSITION = f"{VIT}.pos_embed.class_position"  # the row of pos_embed that transformers drops
-# Buffers that other versions of the programs stored; nothing in them that cannot be computed.
+# Buffers that some versions of transformers store; carried, for the way back only.
 _COMPUTED = re.compile(r"\.(position_ids|rotary_emb\.\w+|inv_freq)$")
 _FREQS = re.compile(r"\.blocks\.\d+\.attn\.freqs_cis$")
 INTERACTIVE = "inst_interactive_predictor."
@@ -90,6 +90,7 @@ def sort_tensors(
         else:
             inside[name.removeprefix(detector)] = tensor
     if kind == "huggingface":
+        carried |= {DETECTOR[kind] + n: t for n, t in inside.items() if _COMPUTED.search(n)}
         inside = {name: t for name, t in inside.items() if not _COMPUTED.search(name)}
         inside, lost = from_huggingface(inside, beside.get(CLASS_POSITION))
         unknown += [wrapper + detector + name for name in lost]

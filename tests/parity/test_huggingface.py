@@ -147,6 +147,8 @@ def test_outputs_equal_those_of_transformers(tmp_path, image_size, boxes):
 def test_a_transformers_checkpoint_comes_back_bit_for_bit(tmp_path, prefix):
     model = sam3_model(small())
     state = {prefix + n: t.contiguous() for n, t in model.state_dict().items()}
+    # Older versions of transformers store this buffer.
+    state[f"{prefix}text_encoder.text_model.embeddings.position_ids"] = torch.arange(16)[None]
     save_file(state, tmp_path / "model.safetensors")
     run(
         "torch-to-jax",
