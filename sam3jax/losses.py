@@ -87,6 +87,9 @@ def compute_losses(
     if not config.aux:
         outputs = _last_layer(outputs)
     truth = gather_truth(targets, prompt_valid)
+    if not targets.masks.shape[1]:  # no instance in the whole batch: one blank mask to look at
+        blank = jnp.zeros((len(targets.masks), 1, *targets.masks.shape[2:]), jnp.uint8)
+        targets = targets.replace(masks=blank)
     norm = _normalisers(truth, config, axis_names)
     matches = match(outputs, truth, config)
 
@@ -323,10 +326,7 @@ def _mask_losses(
     pairs, dropped = mask_pairs(outputs, matches, truth, config, point_rng)
     groups = [outputs.o2o] if outputs.o2m is None else [outputs.o2o, outputs.o2m]
     embed = jnp.concatenate([g.mask_embed for g in groups], axis=1)
-    if not masks.shape[1]:
-        sums = jnp.zeros((2, 2))
-    else:
-        sums = mask_sums(embed, outputs.pixel_embed, masks, pairs, config) / norm.targets
+    sums = mask_sums(embed, outputs.pixel_embed, masks, pairs, config) / norm.targets
     terms = {"loss_mask": sums[0, 0], "loss_dice": sums[0, 1]}
     if outputs.o2m is not None:
         terms["loss_mask_o2m"] = config.o2m_weight * sums[1, 0]
