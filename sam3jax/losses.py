@@ -18,6 +18,7 @@ from sam3jax.config import LossConfig
 from sam3jax.mask_loss import MaskPairs, bce, focal, mask_sums, power
 from sam3jax.matching import hungarian, match_cost, match_one_to_many
 from sam3jax.semantic_loss import semantic_losses
+from sam3jax.truth import Truth, gather_truth, visible
 from sam3jax.types import Detections, Outputs, Targets
 
 KINDS = {
@@ -25,22 +26,6 @@ KINDS = {
     "loss_mask": "mask", "loss_dice": "dice", "loss_semantic_seg": "semantic_seg",
     "loss_semantic_dice": "semantic_dice",
 }  # fmt: skip
-
-
-class Truth(NamedTuple):
-    """The targets of each prompt, gathered: what the losses compare with.
-
-    boxes [B, T, 4], zero where there is none; real [B, T]; count [B] int32; valid, exhaustive [B] bool;
-    instance [B, T] int32 < M; has_mask [B, T] bool.
-    """
-
-    boxes: jax.Array
-    real: jax.Array
-    count: jax.Array
-    valid: jax.Array
-    exhaustive: jax.Array
-    instance: jax.Array
-    has_mask: jax.Array
 
 
 class Normalisers(NamedTuple):
@@ -149,32 +134,6 @@ def _weighted(terms: dict[str, jax.Array]) -> list[tuple[str, str]]:
     return [(key, kind) for key, kind in kinds if kind in KINDS]
 
 
-def gather_truth(targets: Targets, prompt_valid: jax.Array) -> Truth:
-    """Targets of each prompt from the instances of its picture, B = I * P; invalid prompts have none."""
-    m = targets.boxes.shape[1]
-    index = (
-        targets.index if targets.index.shape[-1] else jnp.full((*targets.num_targets.shape, 1), m)
-    )
-    i, p, t = index.shape
-    valid = prompt_valid.reshape(-1)
-    count = jnp.where(prompt_valid, targets.num_targets, 0).reshape(-1)
-    real = jnp.arange(t) < count[:, None]  # [B, T]
-    # One row of nothing behind the instances, so that "none" (M) can be looked up, also where M = 0.
-    rows = jnp.clip(index, 0, m).reshape(i, p * t)
-    boxes = jnp.pad(targets.boxes.astype(jnp.float32), ((0, 0), (0, 1), (0, 0)))
-    boxes = jnp.take_along_axis(boxes, rows[..., None], axis=1).reshape(i * p, t, 4)
-    has_mask = jnp.take_along_axis(jnp.pad(targets.mask_valid, ((0, 0), (0, 1))), rows, axis=1)
-    return Truth(
-        boxes=jnp.where(real[..., None], boxes, 0.0),
-        real=real,
-        count=count.astype(jnp.int32),
-        valid=valid,
-        exhaustive=targets.is_exhaustive.reshape(-1),
-        instance=jnp.minimum(rows, max(m - 1, 0)).reshape(i * p, t),
-        has_mask=has_mask.reshape(i * p, t) & real,
-    )
-
-
 def match(outputs: Outputs, truth: Truth, config: LossConfig) -> Matches:
     """All assignments of a step; the one-to-one problems of all layers are solved in one call."""
     layers, _, q = outputs.o2o.logits.shape
@@ -277,7 +236,7 @@ def _class_losses(
     gain = gain * config.pos_weight * (config.pad_scale_pos if padded else 1.0)
     loss = jnp.where(positive, gain, bce(logits, 0.0) * power(prob, config.gamma))
     if config.use_presence:
-        loss = jnp.where(_visible(truth)[:, None], loss, 0.0)
+        loss = jnp.where(visible(truth)[:, None], loss, 0.0)
     counted = jnp.broadcast_to(truth.valid[:, None], loss.shape)
     if config.weak_loss:
         counted &= truth.exhaustive[:, None] | positive
@@ -293,16 +252,11 @@ def _class_losses(
     }
 
 
-def _visible(truth: Truth) -> jax.Array:
-    """[B]: does the prompt have a target with an area?"""
-    return (truth.real & (truth.boxes[..., 2:] > 0).all(-1)).any(-1)
-
-
 def _presence_losses(
     logits: jax.Array, truth: Truth, norm: Normalisers, config: LossConfig
 ) -> dict:
     """Is there anything? Focal loss and accuracy, means over prompts. logits [L, B] -> [L] each."""
-    logits, wanted = logits.astype(jnp.float32), _visible(truth)
+    logits, wanted = logits.astype(jnp.float32), visible(truth)
     loss = focal(
         logits, wanted.astype(jnp.float32), alpha=config.presence_alpha, gamma=config.presence_gamma
     )
