@@ -180,7 +180,7 @@ class LossConfig(_Section):
     mask_resolution: Literal["target", "prediction"] = Field(
         "target",
         description="where masks are compared; prediction: targets are sampled at the centres of the "
-        "predicted pixels, a twelfth of the memory at full size",
+        "predicted pixels, a twelfth of the pixels at full size",
     )
     num_sample_points: int | None = Field(
         None, description="compare masks at sampled uncertain points instead"
