@@ -6,20 +6,17 @@ never lies in memory twice; `to_flax` and `to_torch` are the same on arrays.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from convert.keymap import Entry, carried_shapes, entries
 from convert.names import CLASS_POSITION, from_huggingface, to_huggingface
 from sam3jax.config import ModelConfig
-from sam3jax.model import Sam3
+from sam3jax.model.init import parameter_shapes
 from sam3jax.tensor_file import Tensor, is_float
-from sam3jax.types import Prompts
 
 Path = tuple[str, ...]
 LAYOUTS = ("official", "huggingface")
@@ -27,23 +24,6 @@ LAYOUTS = ("official", "huggingface")
 
 class ConversionError(ValueError):
     """Tensors do not fit the model; the message lists all of them and says what to do."""
-
-
-@functools.lru_cache(maxsize=4)
-def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
-    """The tree of `jax.ShapeDtypeStruct` that `Sam3(config).init` would give; nothing is computed."""
-    edge = config.image_size
-    zeros = jnp.zeros
-    prompts = Prompts(
-        text_id=zeros((1, 1), jnp.int32), valid=zeros((1, 1), bool), boxes=zeros((1, 1, 1, 4)),
-        box_labels=zeros((1, 1, 1), jnp.int32), box_valid=zeros((1, 1, 1), bool),
-    )  # fmt: skip
-
-    def init(key):
-        images, tokens = zeros((1, edge, edge, 3)), zeros((1, config.text_length), jnp.int32)
-        return Sam3(config).init(key, images, tokens, prompts)["params"]
-
-    return jax.eval_shape(init, jax.random.key(0))
 
 
 def leaf_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Checkpoints:
     """The checkpoints of a run folder: the newest `keep` and the best one stay."""
 
     def __init__(self, run: Path, config: Config | None = None) -> None:
+        # Opening to read makes orbax warn that it will not write.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         keep_newest = config.keep if config else None
         metric = config.best_metric if config else None
         policy = None

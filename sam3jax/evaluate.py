@@ -28,7 +28,7 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.folders import open_dataset, open_datasets
 from sam3jax.data.loader import EvalBatch, make_eval_loader
 from sam3jax.data.pictures import DataError
-from sam3jax.data.prompts import vocabulary
+from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.detector import (
     BatchDetector,
     Detector,
@@ -161,12 +161,7 @@ def evaluate_run(
     """
     config = run.config
     phrases = vocabulary(config.data, dataset)
-    if long := [p for p in phrases if not run.tokenizer.fits(p)]:
-        raise DataError(
-            f"{dataset.name}: category {long[0]!r} is longer than the {run.tokenizer.length - 2} "
-            f"tokens that this model reads: give it a shorter phrase with data.phrases"
-        )
-    tokens = run.tokenizer(phrases)
+    tokens = tokenize(phrases, run.tokenizer)
     loader = make_eval_loader(dataset, phrases, tokens, config, targets=False)
     if detector is None:
         keep = detections_to_keep(dataset, config.evaluation)

@@ -32,7 +32,7 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.folders import open_datasets
 from sam3jax.data.loader import make_eval_loader, make_train_loader
 from sam3jax.data.pictures import DataError
-from sam3jax.data.prompts import vocabulary
+from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.detector import Detector, write_thresholds
 from sam3jax.doctor import describe
 from sam3jax.draw import dataset_panel
@@ -64,7 +64,7 @@ def train(config: Config) -> dict[str, Any]:
     phrases = vocabulary(config.data, *filter(None, (train_data, valid_data)))
     base = load_base(config)
     config = base.config
-    tokens = base.tokenizer(phrases)
+    tokens = tokenize(phrases, base.tokenizer)
     trainable, frozen = start(base)
     rates = multipliers(trainable, frozen, config)
     optimizer = build_optimizer(config, trainable, rates)

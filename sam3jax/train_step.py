@@ -87,7 +87,7 @@ def make_train_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, terms), grads = grad_fn(state.trainable, frozen, text, batch, key)
         terms = jax.lax.psum(terms, AXIS)
-        loss, norm = terms["core_loss"], optax.global_norm(grads)
+        loss, norm = terms["core_loss"], optax.tree.norm(grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

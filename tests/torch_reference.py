@@ -34,27 +34,27 @@ class OnCpu(TorchFunctionMode):
 
 OnCpu().__enter__()
 
-import open_clip  # noqa: E402  (only for the vocabulary file that it ships)
-from sam3.model.data_misc import BatchedDatapoint, BatchedFindTarget, FindStage  # noqa: E402
-from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer  # noqa: E402
-from sam3.model.encoder import TransformerEncoderFusion, TransformerEncoderLayer  # noqa: E402
-from sam3.model.geometry_encoders import SequenceGeometryEncoder  # noqa: E402
-from sam3.model.maskformer_segmentation import PixelDecoder, UniversalSegmentationHead  # noqa: E402
+import open_clip
+from sam3.model.data_misc import BatchedDatapoint, BatchedFindTarget, FindStage
+from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer
+from sam3.model.encoder import TransformerEncoderFusion, TransformerEncoderLayer
+from sam3.model.geometry_encoders import SequenceGeometryEncoder
+from sam3.model.maskformer_segmentation import PixelDecoder, UniversalSegmentationHead
 from sam3.model.model_misc import (
     MLP,
     DotProductScoring,
     MultiheadAttentionWrapper,
     TransformerWrapper,
 )
-from sam3.model.necks import Sam3DualViTDetNeck  # noqa: E402
-from sam3.model.position_encoding import PositionEmbeddingSine  # noqa: E402
-from sam3.model.sam3_image import Sam3Image  # noqa: E402
-from sam3.model.text_encoder_ve import VETextEncoder  # noqa: E402
-from sam3.model.tokenizer_ve import SimpleTokenizer  # noqa: E402
-from sam3.model.vitdet import ViT  # noqa: E402
-from sam3.model.vl_combiner import SAM3VLBackbone  # noqa: E402
-from sam3.train.loss import loss_fns, sam3_loss  # noqa: E402
-from sam3.train.matcher import BinaryHungarianMatcherV2, BinaryOneToManyMatcher  # noqa: E402
+from sam3.model.necks import Sam3DualViTDetNeck
+from sam3.model.position_encoding import PositionEmbeddingSine
+from sam3.model.sam3_image import Sam3Image
+from sam3.model.text_encoder_ve import VETextEncoder
+from sam3.model.tokenizer_ve import SimpleTokenizer
+from sam3.model.vitdet import ViT
+from sam3.model.vl_combiner import SAM3VLBackbone
+from sam3.train.loss import loss_fns, sam3_loss
+from sam3.train.matcher import BinaryHungarianMatcherV2, BinaryOneToManyMatcher
 
 # The Triton kernel needs a GPU; the module's own torch branch is the same formula.
 loss_fns.sigmoid_focal_loss = functools.partial(loss_fns.sigmoid_focal_loss, triton=False)

@@ -17,6 +17,7 @@ import numpy as np
 from sam3jax.config import DataConfig
 from sam3jax.data.coco import Dataset, ImageRecord, used_categories
 from sam3jax.data.pictures import DataError
+from sam3jax.data.tokenizer import Tokenizer
 
 VISUAL = "visual"  # the published phrase of a prompt that is boxes alone
 NO_CATEGORY = -1  # category_id of `negative_phrases` and of padding
@@ -59,6 +60,16 @@ def vocabulary(config: DataConfig, *datasets: Dataset) -> tuple[str, ...]:
         )
     visual = [VISUAL] if config.exemplars and config.visual_probability else []
     return tuple(dict.fromkeys([*names, *config.negative_phrases, *visual]))
+
+
+def tokenize(phrases: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids [V, N] of the phrases. Raises DataError for a phrase that would be cut."""
+    if long := [phrase for phrase in phrases if not tokenizer.fits(phrase)]:
+        raise DataError(
+            f"{long[0]!r} is longer than the {tokenizer.length - 2} tokens that this model reads: give "
+            f"it a shorter phrase with data.phrases"
+        )
+    return tokenizer(phrases)
 
 
 def training_questions(

@@ -6,6 +6,7 @@ what it would draw is the same for every leaf of a kind.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from sam3jax.model.sam3 import Sam3
 from sam3jax.types import Prompts
 
 
+@functools.lru_cache(maxsize=4)
 def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
     zeros = jnp.zeros
