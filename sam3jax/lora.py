@@ -44,7 +44,7 @@ def select(patterns: Sequence[str], names: Sequence[str], key: str) -> set[str]:
             near = [n for n in names if n.startswith(stem)] or list(names)
             raise ConfigError(
                 f"{key}: pattern {pattern!r} matches no layer; there are {', '.join(near[:4])}, ... "
-                f"({len(names)} in all, listed by `python -m convert inspect`)"
+                f"({len(names)} in all, listed by `python -m convert inspect --layers`)"
             )
         chosen.update(found)
     return chosen
