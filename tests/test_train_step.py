@@ -63,11 +63,9 @@ def test_eight_devices_equal_one(train):
     gradient, parallel = gradient_of(config, one), gradient_of(config, eight)
     difference = jax.tree.map(np.subtract, parallel, gradient)
     norm = optax.tree.norm(gradient)
-    assert optax.tree.norm(difference) <= 1e-5 * norm
-    # Leaf by leaf float32 shows: sums over pixels and pictures are taken in another order.
     for path, g in jax.tree.leaves_with_path(gradient):
         size = max(np.linalg.norm(g), 1e-3 * norm)
-        assert np.linalg.norm(_at(difference, path)) <= 1e-4 * size, path
+        assert np.linalg.norm(_at(difference, path)) <= 1e-5 * size, path
 
 
 def _at(tree, path):
