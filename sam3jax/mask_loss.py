@@ -17,6 +17,7 @@ import numpy as np
 from flax import struct
 
 from sam3jax.config import LossConfig
+from sam3jax.model.layers import zero_like
 
 
 @struct.dataclass
@@ -156,7 +157,7 @@ def _mask_sums(config, embed, pixel_embed, masks, pairs, counts):
             return sums + _chunk_sums(embed[chunk.query], pixels, bits, chunk, config)
 
         # The carry starts from the inputs: a constant would not be "varying" under shard_map.
-        start = jnp.zeros((2, 2)) + _zero_like(embed, pixels, masks, count)
+        start = jnp.zeros((2, 2)) + zero_like(embed, pixels, masks, count)
         return jax.lax.fori_loop(0, _num_chunks(count, config), body, start)
 
     index = jnp.arange(len(embed))
@@ -185,7 +186,7 @@ def _mask_sums_backward(config, saved, cotangent):
             # Sums of many chunks: in float32 whatever the model computes in.
             return grads[0].at[chunk.query].add(d_embed.astype(jnp.float32)), grads[1] + d_pixels
 
-        zero = _zero_like(embed, pixels, masks, count, cotangent)
+        zero = zero_like(embed, pixels, masks, count, cotangent)
         start = tuple(jnp.zeros(x.shape) + zero for x in (embed, pixels))
         grads = jax.lax.fori_loop(0, _num_chunks(count, config), body, start)
         return grads[0].astype(embed.dtype), grads[1].astype(pixels.dtype)
@@ -206,11 +207,6 @@ def _take_chunk(pairs: MaskPairs, count: jax.Array, i: jax.Array, size: int) -> 
     start = i * size
     chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), pairs)
     return chunk.replace(keep=start + jnp.arange(size) < count)
-
-
-def _zero_like(*arrays: jax.Array) -> jax.Array:
-    """A float32 0 that varies over the mesh as all of these do together."""
-    return sum(jnp.zeros_like(a.ravel()[0]).astype(jnp.float32) for a in arrays)
 
 
 def _chunk_sums(

@@ -4,6 +4,7 @@
     python -m scripts.bench_step --run 3            random weights, real steps
     python -m scripts.bench_step --parts            forward time of each part
     python -m scripts.bench_step --dtype bfloat16   compute dtype
+    python -m scripts.bench_step --run 2 --torch    and the torch trainer's step, with ratios
 
 LoRA r16 on ViT qkv/proj/MLP, fusion encoder and decoder; 1 picture, 1 phrase, 3 masks, 1008 px.
 """
@@ -14,6 +15,8 @@ import argparse
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import jax
@@ -26,7 +29,7 @@ from sam3jax.losses import compute_losses
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
 from sam3jax.optim import build_optimizer
-from sam3jax.train import compact
+from sam3jax.train import compact, without_text_tower
 from sam3jax.train_step import init_state, make_mesh, make_train_step
 from sam3jax.trainable import count, multipliers, split
 from sam3jax.types import Batch, Prompts, Targets, TextFeatures
@@ -75,6 +78,7 @@ def prepare(config: Config, real: bool):
     lora, scale = init_lora(jax.random.key(0), params, config.model, config.lora)
     trainable, frozen = split(params, lora, scale, config)
     rates = multipliers(trainable, frozen, config)
+    frozen = without_text_tower(frozen)
     optimizer = build_optimizer(config, trainable, rates)
     mesh = make_mesh(jax.devices()[:1])
     step = make_train_step(config, optimizer, mesh)
@@ -83,7 +87,7 @@ def prepare(config: Config, real: bool):
         frozen = jax.tree.map(jnp.asarray, compact(frozen, config))
     else:
         frozen = jax.eval_shape(lambda tree: compact(tree, config), frozen)
-    print(f"parameters trained: {count(trainable, rates):,}")
+    print(f"parameters trained: {count(trainable, rates):,}", flush=True)
     return step, state, frozen, text_of(config), batch_of(config)
 
 
@@ -148,11 +152,19 @@ def parts(config: Config, repeats: int) -> dict[str, float]:
     return times
 
 
+def torch_step(dtype: str, steps: int) -> dict:
+    """Seconds, peak memory and trained parameters of `bench_step_torch`, in a process of its own."""
+    command = [sys.executable, "-m", "scripts.bench_step_torch", "--dtype", dtype, "--run", str(steps)]  # fmt: skip
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--run", type=int, default=0, metavar="STEPS")
     parser.add_argument("--parts", type=int, nargs="?", const=3, default=0, metavar="REPEATS")
+    parser.add_argument("--torch", action="store_true", help="compare, with --run")
     options = parser.parse_args()
     config = run_config(options.dtype)
     print(f"{jax.devices()[0].platform}, jax {jax.__version__}, {options.dtype}")
@@ -174,8 +186,18 @@ def main() -> None:
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
         print(f"step {times[-1]:.2f} s, loss {float(metrics['loss']):.3f}", flush=True)
-    if times:
-        print(f"median step {statistics.median(times):.2f} s, peak memory {peak_gb():.2f} GB")
+    if not times:
+        return
+    median, peak = statistics.median(times), peak_gb()
+    print(f"median step {median:.2f} s, peak memory {peak:.2f} GB", flush=True)
+    if options.torch:
+        del state, rest, args, metrics  # torch needs the memory
+        other = torch_step(options.dtype, options.run)
+        theirs, memory = statistics.median(other["seconds"]), other["peak_gb"]
+        print(
+            f"torch: {other['trained']:,} trained, median step {theirs:.2f} s, peak {memory:.2f} GB"
+        )
+        print(f"ours / torch: time {median / theirs:.2f}, peak memory {peak / memory:.2f}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from flax import struct
 
 from sam3jax.boxes import cxcywh_to_xyxy
 from sam3jax.config import ModelConfig
-from sam3jax.model.attention import MultiHeadAttention
+from sam3jax.model.attention import MultiHeadAttention, remat
 from sam3jax.model.layers import Linear, Mlp, layer_norm
 from sam3jax.model.positions import log_deltas, sine_boxes
 
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         self.query_embed = self.param("query_embed", normal(1.0), (c.queries, c.dim))
         self.reference_points = self.param("reference_points", normal(1.0), (c.queries, 4))
         self.presence_token = self.param("presence_token", normal(1.0), (1, c.dim))
-        layer = nn.remat(DecoderLayer, prevent_cse=True)
+        layer = remat(DecoderLayer, prevent_cse=True)
         self.layers = [layer(c, self.train) for _ in range(c.decoder_layers)]
         self.norm = layer_norm(dtype)
         # What becomes a box or a score is float32 to the end.

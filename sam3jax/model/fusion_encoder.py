@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3jax.config import ModelConfig
-from sam3jax.model.attention import MultiHeadAttention
+from sam3jax.model.attention import MultiHeadAttention, remat
 from sam3jax.model.layers import Linear, layer_norm
 from sam3jax.model.vit import SPLIT, STACKED
 
@@ -58,7 +58,7 @@ class EncoderLayer(nn.Module):
 def encoder_layers(config: ModelConfig, length: int, train: bool, name: str) -> nn.Module:
     """`length` stacked, scanned, rematerialised EncoderLayers."""
     scan = nn.scan(
-        nn.remat(EncoderLayer, prevent_cse=False),
+        remat(EncoderLayer, prevent_cse=False),
         STACKED,
         split_rngs=SPLIT,
         in_axes=(nn.broadcast,) * 5,

@@ -153,3 +153,8 @@ def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
+
+
+def zero_like(*arrays: jax.Array) -> jax.Array:
+    """A float32 0 that varies over the mesh of shard_map as all of these do together."""
+    return sum(jnp.zeros_like(a.ravel()[0]).astype(jnp.float32) for a in arrays)

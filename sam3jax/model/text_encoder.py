@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3jax.config import ModelConfig
-from sam3jax.model.attention import MultiHeadAttention
+from sam3jax.model.attention import MultiHeadAttention, remat
 from sam3jax.model.layers import Linear, gelu, layer_norm
 from sam3jax.model.vit import SPLIT, STACKED
 from sam3jax.types import TextFeatures
@@ -50,7 +50,7 @@ class TextEncoder(nn.Module):
         places = self.param("positional_embedding", normal(0.01), (c.text_length, c.text_dim))
         x = (table[tokens] + places[: tokens.shape[1]]).astype(dtype)
         scan = nn.scan(
-            nn.remat(TextBlock, prevent_cse=False), STACKED, split_rngs=SPLIT, length=c.text_layers
+            remat(TextBlock, prevent_cse=False), STACKED, split_rngs=SPLIT, length=c.text_layers
         )
         x, _ = scan(c, self.train, name="resblocks")(x)
         x = layer_norm(dtype, name="ln_final")(x)

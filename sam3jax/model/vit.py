@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3jax.config import ModelConfig
-from sam3jax.model.attention import attention
+from sam3jax.model.attention import attention, remat
 from sam3jax.model.layers import Linear, drop_path, gelu, layer_norm
 from sam3jax.model.positions import apply_rope, rope_table
 
@@ -91,7 +91,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, drop_rates: jax.Array) -> tuple[jax.Array, None]:
         c = self.config
-        block = nn.remat(Block, prevent_cse=False)
+        block = remat(Block, prevent_cse=False)
         if c.vit_stage_blocks > 1:
             scan = nn.scan(
                 block, STACKED, split_rngs=SPLIT, in_axes=0, length=c.vit_stage_blocks - 1
