@@ -218,6 +218,11 @@ class LossConfig(_Section):
         True, description="times the square root of the number of prompts"
     )
 
+    @property
+    def reads_masks(self) -> bool:
+        """Whether any term compares with the targets' masks."""
+        return self.masks or self.semantic
+
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
@@ -247,6 +252,12 @@ class DataConfig(_Section):
         False, description="train masks though a category has boxes only (its boxes still train)"
     )
     max_prompts: int = Field(4, ge=1, description="prompts per picture, negatives included")
+    positives: int | None = Field(
+        None,
+        ge=1,
+        description="present categories asked per picture at most, taking turns over the epochs; None: "
+        "as many as max_prompts has room for",
+    )
     negatives: int = Field(
         1, ge=0, description="absent categories asked per picture, where there is room"
     )
@@ -352,7 +363,9 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     evaluation: EvalConfig = EvalConfig()
     init: str | None = Field(
-        None, description="model folder to start from (python -m convert); None: random weights"
+        None,
+        description="what to start from: a model folder (python -m convert), a run folder, or "
+        "'shipped:tiny_shapes', the model of the demo; None: random weights",
     )
     output: str = Field("runs/run", description="run folder")
     train: Literal["lora", "all"] = Field(

@@ -177,6 +177,17 @@ def row(
     return sheet
 
 
+def column(pictures: Sequence[Image.Image], *, gap: int = 10) -> Image.Image:
+    """Pictures one below the other."""
+    height = sum(picture.height + gap for picture in pictures) - gap
+    sheet = Image.new("RGB", (max(p.width for p in pictures), height), _PAPER)
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + gap
+    return sheet
+
+
 def true_instances(record: ImageRecord, names: Mapping[int, str]) -> list[Instance]:
     """The annotations of a picture, crowds left out."""
     instances = []

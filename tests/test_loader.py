@@ -296,3 +296,10 @@ def test_workers_change_nothing_and_leave_quietly(dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["named", "DataError"], done.stdout
     assert "Exception ignored" not in done.stderr
+
+
+def test_the_semantic_head_alone_reads_masks_too(dataset):
+    batches, _, _ = loader(dataset, loss={"masks": False, "semantic": True})
+    assert next(batches).targets.mask_valid.any()
+    batches, _, _ = loader(dataset, loss={"masks": False})
+    assert not next(batches).targets.mask_valid.any()

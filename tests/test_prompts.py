@@ -91,6 +91,19 @@ def test_more_categories_than_room_take_turns(dataset):
     assert counts == {c: 2 for c in (2, 3, 4, 5, 6)}
 
 
+def test_positives_leave_room_for_negatives(dataset):
+    """Five present categories would fill four prompts; two a time leave two for absent ones."""
+    settings = dict(max_prompts=4, positives=2, negatives=2)
+    counts = Counter()
+    for epoch in range(5):
+        questions = ask(dataset, 2, epoch=epoch, **settings)
+        assert [bool(q.targets) for q in questions] == [True, True, False]  # one is absent
+        counts.update(q.category_id for q in questions if q.targets)
+    assert counts == {c: 2 for c in (2, 3, 4, 5, 6)}
+    assert training_shapes(dataset, DataConfig(**settings)).prompts == 4
+    assert training_shapes(dataset, DataConfig(max_prompts=4, positives=1, negatives=1)).prompts == 2
+
+
 def test_questions_follow_from_seed_epoch_and_row_alone(dataset):
     settings = dict(negatives=2, exemplars=2)
     rounds = [[ask(dataset, r, epoch=e, **settings) for r in range(5)] for e in range(9)]

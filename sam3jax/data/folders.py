@@ -116,7 +116,7 @@ def open_dataset(config: Config, path: str, split: str) -> Dataset:
         dataset = replace(dataset, images=dataset.images[: config.data.limit])
     if config.data.phrases:
         dataset = rename_categories(dataset, config.data.phrases)
-    if config.loss.masks and not config.data.allow_missing_masks:
+    if config.loss.reads_masks and not config.data.allow_missing_masks:
         require_masks(dataset)
     return dataset
 

@@ -173,7 +173,7 @@ def make_eval_loader(
         rows=rows,
         text_ids={phrase: k for k, phrase in enumerate(phrases)},
         size=config.model.image_size,
-        masks=config.loss.masks and targets,
+        masks=config.loss.reads_masks and targets,
         targets=targets,
         shapes=shapes,
         stride=batch_size,
@@ -297,7 +297,7 @@ def _train_batch(
         rng = np.random.default_rng((config.seed, epoch, row, 1))
         size = config.model.image_size
         transform = transforms.draw_transform(rng, record.width, record.height, size, config.data)
-        arrays = example(record, questions, transform, text_ids, shapes, masks=config.loss.masks)
+        arrays = example(record, questions, transform, text_ids, shapes, masks=config.loss.reads_masks)
         rows.append({**arrays, "image_id": np.int32(row), "image_valid": np.True_})
     return _stack(rows)
 

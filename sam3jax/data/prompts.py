@@ -90,9 +90,10 @@ def training_questions(
     rng = np.random.default_rng((seed, epoch, row, 0))
     present = _instances_by_category(record)
     order = list(np.random.default_rng((seed, row)).permutation(sorted(present)).tolist())
-    if len(order) > config.max_prompts:  # each category's turn comes every few epochs
-        start = epoch * config.max_prompts % len(order)
-        order = (order + order)[start : start + config.max_prompts]
+    most = _positives(config)
+    if len(order) > most:  # each category's turn comes every few epochs
+        start = epoch * most % len(order)
+        order = (order + order)[start : start + most]
     questions = [_positive(record, names, i, present[i], config, targets, rng) for i in order]
     room = min(config.max_prompts - len(questions), max(config.negatives, not present))
     return (*questions, *_negatives(record, names, config, room, rng))
@@ -133,9 +134,10 @@ def training_shapes(dataset: Dataset, config: DataConfig) -> Shapes:
         counts = _counts(record, most)
         absent = len(_absent(record, names)) + len(config.negative_phrases)
         negatives = min(max(config.negatives, not counts), absent)
-        prompts = max(prompts, min(config.max_prompts, len(counts) + negatives))
+        positives = min(len(counts), _positives(config))
+        prompts = max(prompts, min(config.max_prompts, positives + negatives))
         targets = max(targets, max(counts, default=0))
-        instances = max(instances, sum(counts[: config.max_prompts]))
+        instances = max(instances, sum(counts[:positives]))
     return Shapes(prompts, targets, instances, config.exemplars)
 
 
@@ -148,6 +150,10 @@ def evaluation_shapes(dataset: Dataset, config: DataConfig) -> Shapes:
         targets = max(targets, max(counts, default=0))
         instances = max(instances, sum(counts[:prompts]))
     return Shapes(prompts, targets, instances, 0)
+
+
+def _positives(config: DataConfig) -> int:
+    return min(config.positives or config.max_prompts, config.max_prompts)
 
 
 def phrases_of(dataset: Dataset) -> dict[int, str]:
