@@ -22,12 +22,7 @@ from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.lora import Tree, init_lora, merge_lora
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params
-from sam3jax.model_folder import (
-    is_model_folder,
-    load_model_folder,
-    locate,
-    open_model_folder,
-)
+from sam3jax.model_folder import is_model_folder, load_model_folder, open_model_folder
 from sam3jax.optim import build_optimizer
 from sam3jax.train_step import TrainState, init_state
 from sam3jax.trainable import merge, multipliers, split
@@ -131,7 +126,7 @@ def load_base(config: Config) -> Base:
             build_byte_tokenizer(config.model.vocab_size), config.model.text_length
         )
         return Base(config, init_params(config.model, config.seed), tokenizer)
-    path = locate(config.init)
+    path = Path(config.init)
     if (path / CONFIG).is_file() and not is_model_folder(path):
         run = load_run(path)
         variables = jax.device_get(run.variables)

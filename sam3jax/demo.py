@@ -1,8 +1,8 @@
-"""The demo: `python -m sam3jax.demo` teaches the shipped tiny SAM 3 five concepts it has never seen.
+"""The demo: `python -m sam3jax.demo` teaches a tiny SAM 3 five concepts it has never seen.
 
-The model in `sam3jax/assets/tiny_shapes` knows coloured shapes (how it was trained is written in its
-config.json); the demo trains LoRA adapters on other shapes, colours and patterns, like any run, then
-asks the base and the tuned model about pictures that neither has seen:
+It starts from a run that knows coloured shapes (configs/shapes_base.yaml), trains LoRA adapters on
+other shapes, colours and patterns, like any run, then asks the base and the tuned model about
+pictures that neither has seen:
 
     new concepts        what was taught
     phrases permuted    every concept asked by another one's name: it must not be found
@@ -33,7 +33,7 @@ from sam3jax.metrics import Evaluation
 from sam3jax.train import train
 
 CONFIG = "configs/demo.yaml"
-OLD = "seen"  # the concepts that the shipped model was trained on
+OLD = "seen"  # the concepts of configs/shapes_base.yaml
 OLD_PICTURES = 40
 DRAWN = 4  # pictures
 

@@ -34,7 +34,6 @@ from sam3jax.tensor_file import (
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, CARRIED = "model.safetensors", "carried.safetensors"
 FORMAT = "sam3jax model folder"
-SHIPPED, ASSETS = "shipped:", Path(__file__).parent / "assets"
 VERSION = 1
 
 
@@ -54,21 +53,6 @@ class ModelFolder:
     source: dict[str, Any]
 
 
-def locate(name: str | Path) -> Path:
-    """The folder of `shipped:NAME`, a model that comes with the package; else the path itself.
-
-    Raises FileError where there is no such shipped model.
-    """
-    name = str(name)
-    if not name.startswith(SHIPPED):
-        return Path(name)
-    path = ASSETS / name.removeprefix(SHIPPED)
-    if not is_model_folder(path):
-        there = ", ".join(SHIPPED + f.name for f in sorted(ASSETS.iterdir()) if is_model_folder(f))
-        raise FileError(f"no model {name} is shipped, there are: {there}")
-    return path
-
-
 def is_model_folder(path: str | Path) -> bool:
     """Whether a folder says of itself that it is one."""
     file = Path(path) / CONFIG
@@ -83,7 +67,7 @@ def open_model_folder(path: str | Path) -> ModelFolder:
 
     Raises FileError where it is none, is of a newer version, or lacks a file.
     """
-    path = locate(path)
+    path = Path(path)
     if not is_model_folder(path):
         what = (
             "is no model folder"

@@ -29,9 +29,8 @@ from sam3jax.losses import compute_losses
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
 from sam3jax.optim import build_optimizer
-from sam3jax.train import compact, without_text_tower
 from sam3jax.train_step import init_state, make_mesh, make_train_step
-from sam3jax.trainable import count, multipliers, split
+from sam3jax.trainable import compact, count, multipliers, split, without_text_tower
 from sam3jax.types import Batch, Prompts, Targets, TextFeatures
 
 INSTANCES = 3
@@ -84,9 +83,9 @@ def prepare(config: Config, real: bool):
     step = make_train_step(config, optimizer, mesh)
     state = init_state(trainable, optimizer, False)
     if real:
-        frozen = jax.tree.map(jnp.asarray, compact(frozen, config))
+        frozen = jax.tree.map(jnp.asarray, compact(frozen, config.model))
     else:
-        frozen = jax.eval_shape(lambda tree: compact(tree, config), frozen)
+        frozen = jax.eval_shape(lambda tree: compact(tree, config.model), frozen)
     print(f"parameters trained: {count(trainable, rates):,}", flush=True)
     return step, state, frozen, text_of(config), batch_of(config)
 

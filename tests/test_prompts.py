@@ -101,7 +101,9 @@ def test_positives_leave_room_for_negatives(dataset):
         counts.update(q.category_id for q in questions if q.targets)
     assert counts == {c: 2 for c in (2, 3, 4, 5, 6)}
     assert training_shapes(dataset, DataConfig(**settings)).prompts == 4
-    assert training_shapes(dataset, DataConfig(max_prompts=4, positives=1, negatives=1)).prompts == 2
+    assert (
+        training_shapes(dataset, DataConfig(max_prompts=4, positives=1, negatives=1)).prompts == 2
+    )
 
 
 def test_questions_follow_from_seed_epoch_and_row_alone(dataset):

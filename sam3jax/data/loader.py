@@ -297,7 +297,9 @@ def _train_batch(
         rng = np.random.default_rng((config.seed, epoch, row, 1))
         size = config.model.image_size
         transform = transforms.draw_transform(rng, record.width, record.height, size, config.data)
-        arrays = example(record, questions, transform, text_ids, shapes, masks=config.loss.reads_masks)
+        arrays = example(
+            record, questions, transform, text_ids, shapes, masks=config.loss.reads_masks
+        )
         rows.append({**arrays, "image_id": np.int32(row), "image_valid": np.True_})
     return _stack(rows)
 

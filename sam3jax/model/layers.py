@@ -5,7 +5,7 @@ Parameters are float32; each layer casts them to `dtype` for the product and acc
 
 from __future__ import annotations
 
-from functools import partial
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +14,28 @@ import jax.numpy as jnp
 
 TORCH_EPS = 1e-5  # torch's LayerNorm and GroupNorm; Linen's own default is 1e-6
 
-# torch: F.gelu is exact; jax.nn.gelu defaults to the tanh approximation.
-gelu = partial(jax.nn.gelu, approximate=False)
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """torch's F.gelu, exact: x Phi(x), in float32.
+
+    Not jax.nn.gelu(approximate=False): its erfc has no derivative under shard_map in jax 0.12.0.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    wide = x.astype(jnp.float32)
+    cdf = _normal_cdf(wide)
+    slope = cdf + wide * jnp.exp(-0.5 * wide**2) * (2 * math.pi) ** -0.5
+    return (wide * cdf).astype(x.dtype), slope.astype(x.dtype) * tangent
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -175,3 +175,17 @@ def test_pixel_decoder_and_segmentation_head(case):
     masks, semantic = case.run(call, memory, levels, queries, *prompt)
     assert relative(masks, array(want["pred_masks"])) < TOLERANCE
     assert relative(semantic, array(want["semantic_seg"])[:, 0]) < TOLERANCE
+
+
+def test_gelu_equals_torch_in_value_and_gradient():
+    import torch
+
+    from sam3jax.model.layers import gelu
+
+    x = np.linspace(-12, 12, 4801, dtype=np.float32)
+    tensor = torch.tensor(x, requires_grad=True)
+    y = torch.nn.functional.gelu(tensor)
+    y.sum().backward()
+    np.testing.assert_allclose(gelu(x), array(y), rtol=1e-6, atol=1e-6)
+    slope = jax.vmap(jax.grad(gelu))(x)
+    np.testing.assert_allclose(slope, tensor.grad, rtol=1e-6, atol=1e-6)
