@@ -22,7 +22,7 @@ from sam3jax.config import Config, load_config
 from sam3jax.data.folders import open_datasets
 from sam3jax.data.loader import make_train_loader
 from sam3jax.data.pictures import DataError
-from sam3jax.data.prompts import tokenize, vocabulary
+from sam3jax.data.prompts import balance, tokenize, vocabulary
 from sam3jax.doctor import describe
 from sam3jax.log import RunLog
 from sam3jax.optim import build_optimizer, learning_rate
@@ -73,7 +73,7 @@ def train(config: Config) -> dict[str, Any]:
     log = RunLog(run, first, config.steps, write=chief)
     try:
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
-        for line in describe(train_data):
+        for line in (*describe(train_data), balance(train_data, config.data, config.seed)):
             log.say(line)
         trained, total = count(trainable, rates), _size(base.params)
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")

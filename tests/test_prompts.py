@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from sam3jax.data.folders import read_dataset
 from sam3jax.data.prompts import (
     NO_CATEGORY,
     VISUAL,
+    balance,
     evaluation_questions,
     evaluation_shapes,
     phrases_of,
@@ -104,6 +106,18 @@ def test_positives_leave_room_for_negatives(dataset):
     assert (
         training_shapes(dataset, DataConfig(max_prompts=4, positives=1, negatives=1)).prompts == 2
     )
+
+
+def test_the_balance_of_questions_is_counted_and_few_negatives_are_said(dataset):
+    """Present: 2 in picture 0, 5 (of which 4 fit) in picture 2, 1 in picture 4."""
+    plenty = balance(dataset, DataConfig(max_prompts=4, positives=2, negatives=2), 0)
+    assert "asks 5 phrases that are in the picture and 9 that are not (64%)" in plenty
+    assert "few" not in plenty
+    none = balance(dataset, DataConfig(max_prompts=9, negatives=0), 0)
+    assert "asks 8 phrases that are in the picture and 2 that are not (20%)" in none
+    everywhere = dataclasses.replace(dataset, images=(dataset.images[2], dataset.images[0]))
+    few = balance(everywhere, DataConfig(max_prompts=4, negatives=0), 0)
+    assert "data.negatives" in few
 
 
 def test_questions_follow_from_seed_epoch_and_row_alone(dataset):

@@ -21,6 +21,7 @@ from sam3jax.data.tokenizer import Tokenizer
 
 VISUAL = "visual"  # the published phrase of a prompt that is boxes alone
 NO_CATEGORY = -1  # category_id of `negative_phrases` and of padding
+_FEW_NEGATIVES = 0.1  # share of questions below which to warn
 _LOOK_ALIKE = 0.25  # the draw of a category that shares a word with a present one is times this
 
 
@@ -97,6 +98,26 @@ def training_questions(
     questions = [_positive(record, names, i, present[i], config, targets, rng) for i in order]
     room = min(config.max_prompts - len(questions), max(config.negatives, not present))
     return (*questions, *_negatives(record, names, config, room, rng))
+
+
+def balance(dataset: Dataset, config: DataConfig, seed: int) -> str:
+    """A line about what the first epoch asks: how many phrases that are there, how many that are not."""
+    names, targets = phrases_of(dataset), training_shapes(dataset, config).targets
+    there = absent = 0
+    for row, record in enumerate(dataset.images):
+        asked = training_questions(
+            record, names, config, targets=targets, seed=seed, epoch=0, row=row
+        )
+        there += sum(bool(q.targets) for q in asked)
+        absent += sum(not q.targets for q in asked)
+    share = absent / max(there + absent, 1)
+    line = f"an epoch asks {there:,} phrases that are in the picture and {absent:,} that are not ({share:.0%})"
+    if share < _FEW_NEGATIVES:
+        line += (
+            ": few, a model tuned so may find things that are not there; raise data.max_prompts or "
+            "data.negatives, lower data.positives, or give data.negative_phrases"
+        )
+    return line
 
 
 def evaluation_questions(
