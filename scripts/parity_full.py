@@ -1,6 +1,6 @@
 """The published detector, 840 M seeded weights at 1008 px: torch against JAX on a CPU, in value and gradient.
 
-    python scripts/parity_full.py                  # writes docs/parity.md; 20 minutes, 22 GB
+    python scripts/parity_full.py                  # writes docs/parity.md; 7 minutes, 15 GB
     python scripts/parity_full.py --size small     # the same in half a minute, writes nothing
 
 Evaluation and training outputs, every loss term, the gradient of every tensor. Torch and JAX run one after
