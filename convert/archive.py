@@ -41,9 +41,8 @@ def read_archive(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     _check_archive(path)
     try:
         state, ignored = _state_dict(_load(path, map_location="meta"), path)
-    except (
-        _Damaged
-    ):  # or it holds a kind of tensor that has no form without bytes, to be named below
+    except _Damaged:
+        # Or it holds a kind of tensor that has no form without bytes, which is named below.
         state, ignored = {}, ()
     entries = _entries(path)
     if state and all(_place(t) in entries for t in state.values()):

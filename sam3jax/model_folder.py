@@ -120,8 +120,8 @@ def _check_leaves(
     ]
     if wrong:
         raise FileError(
-            f"{path}: {WEIGHTS} does not fit {CONFIG} in {len(wrong)} arrays: {'; '.join(sorted(wrong))}. "
-            "Convert the checkpoint again"
+            f"{path}: {WEIGHTS} does not fit {CONFIG}, convert the checkpoint again; {len(wrong)} arrays differ: "
+            f"{'; '.join(sorted(wrong))}"
         )
 
 

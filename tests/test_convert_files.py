@@ -106,6 +106,12 @@ def test_an_export_never_goes_into_a_model_folder(tmp_path, folder, capsys, out,
     assert content(tmp_path) == before
 
 
+def test_adapters_never_go_into_their_source(folder, capsys):
+    command = ["jax-to-torch", "--src", folder, "--adapter", "--out"]
+    for out in (folder, folder / "adapter", folder.parent):
+        assert "lie in each other" in refused(capsys, *command, out)
+
+
 def test_folders_of_ours_are_replaced(tmp_path, folder, checkpoint):
     run("torch-to-jax", "--src", checkpoint, "--out", folder)
     for _ in range(2):
