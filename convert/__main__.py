@@ -30,6 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FileError, ConversionError, ConfigError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(
+            f"convert: cannot use {error.filename or 'a file'}: {error.strerror or error}; "
+            "check the path and who may read and write there",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -98,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _keep_apart(src: Path, out: Path) -> None:
+    """Raises FileError where writing `out` would change `src`."""
+    source, target = src.resolve(), out.resolve()
+    if source == target or target in source.parents or source in target.parents:
+        raise FileError(
+            f"--out {out} and --src {src} lie in each other, so that the source would change: give an --out elsewhere"
+        )
+
+
 def _torch_to_jax(o: argparse.Namespace) -> list[str]:
     return torch_to_jax(
         o.src, o.out, dtype=o.dtype, tokenizer=o.tokenizer, overrides=_settings(o.set)
@@ -105,6 +121,7 @@ def _torch_to_jax(o: argparse.Namespace) -> list[str]:
 
 
 def _jax_to_torch(o: argparse.Namespace) -> list[str]:
+    _keep_apart(o.src, o.out)
     folder, adapters = open_source(o.src)
     if o.adapter:
         return write_adapter(o.out, adapters, folder.config, o.base)

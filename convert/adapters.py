@@ -16,7 +16,14 @@ import numpy as np
 from convert.weights import flatten
 from sam3jax.config import ModelConfig
 from sam3jax.lora import linear_layers
-from sam3jax.tensor_file import FileError, Tensor, whole, write_tensors
+from sam3jax.tensor_file import (
+    FileError,
+    Tensor,
+    refuse_to_replace,
+    stream_tensors,
+    to_dtype,
+    whole,
+)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Adapters = dict[tuple[str, ...], "Adapter"]
@@ -139,12 +146,11 @@ def write_adapter(
     """Write the adapters as a peft folder; returns what a person should know, in sentences."""
     tensors, content = peft_adapter(adapters, config, base)
     out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file()):
-        raise FileError(f"{out} exists and is no adapter folder: give another --out, or remove it")
+    refuse_to_replace(out, (WEIGHTS, CONFIG), "adapter folder")
     with whole(out, sum(t.nbytes for t in tensors.values())) as temporary:
         temporary.mkdir()
         lazy = {name: Tensor.of(array) for name, array in tensors.items()}
-        write_tensors(temporary / WEIGHTS, lazy, {"format": "pt"})
+        stream_tensors(temporary / WEIGHTS, lazy, {"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     layers = len(content["target_modules"])
     return [
@@ -157,7 +163,7 @@ def _merged(kernel: Tensor, adapter: Adapter) -> Tensor:
 
     def get(slot: tuple[int, ...]) -> np.ndarray:
         base = kernel.read(slot[:depth])
-        array = (np.asarray(base, np.float32) + adapter.delta(slot[:depth])).astype(base.dtype)
+        array = to_dtype(np.asarray(base, np.float32) + adapter.delta(slot[:depth]), base.dtype)
         return array[slot[depth:]]
 
     return Tensor(kernel.shape, kernel.dtype, get)

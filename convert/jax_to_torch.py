@@ -14,15 +14,21 @@ import numpy as np
 
 from convert import tracker
 from convert.adapters import Adapters, count_layers, merge
-from convert.files import write_checkpoint
+from convert.files import CARRIED, write_checkpoint
 from convert.huggingface_config import huggingface_config, processor_files
 from convert.names import CLASS_POSITION, DETECTOR, INTERACTIVE, to_huggingface
 from convert.sizes import rope_tables
 from convert.torch_to_jax import cast
 from convert.weights import LAYOUTS, torch_tensors
 from sam3jax.config import ModelConfig
-from sam3jax.model_folder import ModelFolder
-from sam3jax.tensor_file import FileError, Tensor, whole
+from sam3jax.model_folder import ModelFolder, is_model_folder
+from sam3jax.tensor_file import FileError, Tensor, refuse_to_replace, stream_tensors, whole
+
+_WEIGHTS = "model.safetensors"
+# All that a transformers export can be made of.
+_NAMES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", _WEIGHTS, _WEIGHTS + CARRIED
+)  # fmt: skip
 
 
 def export(
@@ -45,10 +51,15 @@ def export(
     layout = layout or folder.source.get("layout", "official")
     if layout not in LAYOUTS:
         raise FileError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    out = Path(out)
+    if is_model_folder(out) or is_model_folder(out.parent):
+        raise FileError(
+            f"{out} lies in a model folder, which an export would damage: give another --out"
+        )
     if adapters:
         folder = dataclasses.replace(folder, leaves=merge(folder.leaves, adapters))
     tensors, rest = assemble(folder, layout, prefix=prefix, detector_only=detector_only)
-    tensors, out = cast(tensors, dtype), Path(out)
+    tensors = cast(tensors, dtype)
     lines = [
         f"{out}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes, {layout} layout"
     ]
@@ -137,22 +148,28 @@ def _rope(config: ModelConfig, carried: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
+def _is_export(folder: Path) -> bool:
+    """Whether a folder says of itself that it holds a transformers SAM 3."""
+    try:
+        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return str(kind).startswith("sam3")
+
+
 def _write_folder(
     out: Path, folder: ModelFolder, tensors: Mapping[str, Tensor], rest: Mapping[str, Tensor]
 ) -> None:
-    if out.is_file():
-        raise FileError(
-            f"{out} is a file: give the name of a folder, or one that ends in .safetensors"
-        )
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise FileError(f"{out} exists and holds other things: give another --out, or remove it")
+    refuse_to_replace(out, _NAMES if _is_export(out) else (), "export of python -m convert")
     shapes = {name: t.shape for name, t in tensors.items()}
     config: dict[str, Any] = huggingface_config(
         folder.config, shapes, folder.source.get("tracker_config")
     )
     with whole(out, sum(t.nbytes for t in (*tensors.values(), *rest.values()))) as temporary:
         temporary.mkdir()
-        write_checkpoint(temporary / "model.safetensors", tensors, rest)
+        stream_tensors(temporary / _WEIGHTS, tensors, {"format": "pt"})
+        if rest:
+            stream_tensors(temporary / (_WEIGHTS + CARRIED), rest)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if folder.tokenizer is not None:
             (temporary / "tokenizer.json").write_text(folder.tokenizer, "utf-8")

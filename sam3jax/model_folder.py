@@ -26,13 +26,16 @@ from sam3jax.tensor_file import (
     Tensor,
     is_float,
     read_header,
+    read_named,
     read_tensors,
+    refuse_to_replace,
+    stream_tensors,
     whole,
-    write_tensors,
 )
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, CARRIED = "model.safetensors", "carried.safetensors"
+NAMES = (CONFIG, TOKENIZER, WEIGHTS, CARRIED)
 FORMAT = "sam3jax model folder"
 VERSION = 1
 
@@ -65,7 +68,8 @@ def is_model_folder(path: str | Path) -> bool:
 def open_model_folder(path: str | Path) -> ModelFolder:
     """Open a model folder without reading its tensors.
 
-    Raises FileError where it is none, is of a newer version, or lacks a file.
+    Raises FileError where it is none, is of a newer version, lacks a file, or holds other arrays than
+    its config asks for.
     """
     path = Path(path)
     if not is_model_folder(path):
@@ -80,9 +84,10 @@ def open_model_folder(path: str | Path) -> ModelFolder:
             f"{path} {what}; expected a folder written by `python -m convert torch-to-jax --src sam3.pt --out {path}`"
         )
     content = json.loads((path / CONFIG).read_text("utf-8"))
-    if content.get("version", 0) > VERSION:
+    version = content.get("version", 0)
+    if not isinstance(version, int) or version > VERSION:
         raise FileError(
-            f"{path} is of version {content['version']}, this program reads {VERSION}: update it"
+            f"{path} is of version {version!r}, this program reads {VERSION}: update it"
         )
     try:
         config = parse_config(content.get("model", {}), ModelConfig)
@@ -91,9 +96,33 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     if not (path / WEIGHTS).is_file():
         raise FileError(f"{path} has no {WEIGHTS}: convert the checkpoint again")
     leaves = {tuple(name.split("/")): t for name, t in read_tensors(path / WEIGHTS).items()}
+    _check_leaves(path, leaves, config)
     carried = read_header(path / CARRIED)[0] if (path / CARRIED).is_file() else {}
     tokenizer = (path / TOKENIZER).read_text("utf-8") if (path / TOKENIZER).is_file() else None
     return ModelFolder(path, config, leaves, carried, tokenizer, content.get("source", {}))
+
+
+def _check_leaves(
+    path: Path, leaves: Mapping[tuple[str, ...], Tensor], config: ModelConfig
+) -> None:
+    import jax
+
+    from sam3jax.model.init import parameter_shapes
+
+    tree = jax.tree.leaves_with_path(parameter_shapes(config))
+    want = {tuple(k.key for k in keys): leaf.shape for keys, leaf in tree}
+    wrong = [f"{'/'.join(p)} is missing" for p in want.keys() - leaves.keys()]
+    wrong += [f"{'/'.join(p)} has no place" for p in leaves.keys() - want.keys()]
+    wrong += [
+        f"{'/'.join(p)} is {list(leaves[p].shape)}, expected {list(want[p])}"
+        for p in want.keys() & leaves.keys()
+        if leaves[p].shape != want[p]
+    ]
+    if wrong:
+        raise FileError(
+            f"{path}: {WEIGHTS} does not fit {CONFIG}, convert the checkpoint again; {len(wrong)} arrays differ: "
+            f"{'; '.join(sorted(wrong))}"
+        )
 
 
 def load_model_folder(
@@ -119,12 +148,9 @@ def load_model_folder(
         node = params
         for part in leaf_path[:-1]:
             node = node.setdefault(part, {})
-        array = tensor.read()
-        node[leaf_path[-1]] = (
-            array.astype(dtype, copy=False)
-            if dtype is not None and is_float(tensor.dtype)
-            else array
-        )
+        if dtype is not None and is_float(tensor.dtype):
+            tensor = tensor.astype(dtype)
+        node[leaf_path[-1]] = read_named("/".join(leaf_path), tensor)
     return folder.config, params, tokenizer
 
 
@@ -137,14 +163,13 @@ def save_model_folder(
     carried: Mapping[str, Tensor | np.ndarray] | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model folder; an older model folder in its place is replaced, anything else is left alone.
+    """Write a model folder; an older one in its place is replaced, one that holds other files too is not.
 
     params: the tree of arrays, or {path: Tensor} to be read one at a time. tokenizer: or its JSON text.
     Raises FileError where the place is taken by something else or the disk is full.
     """
     path = Path(path)
-    if path.exists() and not is_model_folder(path) and (path.is_file() or any(path.iterdir())):
-        raise FileError(f"{path} exists and is no model folder: give another --out, or remove it")
+    refuse_to_replace(path, NAMES if is_model_folder(path) else (), "model folder")
     leaves = {"/".join(p): t for p, t in _leaves(params).items()}
     rest = {
         name: t if isinstance(t, Tensor) else Tensor.of(np.asarray(t))
@@ -159,9 +184,9 @@ def save_model_folder(
     size = sum(t.nbytes for t in (*leaves.values(), *rest.values()))
     with whole(path, size) as temporary:
         temporary.mkdir()
-        write_tensors(temporary / WEIGHTS, leaves)
+        stream_tensors(temporary / WEIGHTS, leaves)
         if rest:
-            write_tensors(temporary / CARRIED, rest)
+            stream_tensors(temporary / CARRIED, rest)
         if tokenizer is not None:
             text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
             (temporary / TOKENIZER).write_text(text, "utf-8")

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,49 @@ class Tensor:
 
     def astype(self, dtype: np.dtype) -> Tensor:
         """The same in another dtype, converted when read."""
-        return Tensor(self.shape, np.dtype(dtype), lambda slot: self.get(slot).astype(dtype))
+        return Tensor(self.shape, np.dtype(dtype), lambda slot: to_dtype(self.get(slot), dtype))
 
 
 def is_float(dtype: np.dtype) -> bool:
     """Whether the dtype is a real floating one, bfloat16 and float8 included (numpy calls those void)."""
     return _CODES.get(dtype, "").startswith(("F", "BF"))
+
+
+def to_dtype(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array in another dtype. Raises FileError where a finite number would not stay one."""
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype, copy=False)
+    if is_float(array.dtype) and is_float(out.dtype) and out.dtype != array.dtype:
+        lost = ~np.isfinite(out) & np.isfinite(array)
+        if lost.any():
+            largest = np.abs(array[lost].astype(np.float64)).max()
+            raise FileError(
+                f"{lost.sum():,} of {lost.size:,} numbers, up to {largest:.4g}, do not fit {out.dtype} (at most "
+                f"{float(ml_dtypes.finfo(out.dtype).max):.4g}); take bfloat16 or float32"
+            )
+    return out
+
+
+def read_named(name: str, tensor: Tensor) -> np.ndarray:
+    """The array of a tensor, with its name in the sentence where that fails."""
+    try:
+        return tensor.read()
+    except FileError as error:
+        raise FileError(f"tensor {name}: {error}") from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises FileError where a file is, by its first bytes, what downloads leave instead of tensors."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise FileError(f"{path} is empty (0 bytes); download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise FileError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b'{"error')):
+        raise FileError(
+            f"{path} is a web page, not a checkpoint: the download needs access to the gated repository"
+        )
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -82,13 +119,15 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises FileError where the file is cut short or is something else.
     """
     path = Path(path)
+    refuse_foreign(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start = 8 + length
         if size < 8 or length > _MAX_HEADER:
             raise FileError(
-                f"{path} is not a safetensors file: its header would take {length:,} bytes"
+                f"{path} is not a safetensors file: it begins with no header of that format; "
+                "is it complete, and does its name end as it should?"
             )
         if start > size:
             raise FileError(
@@ -141,14 +180,27 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, one tensor in memory at a time; the file appears whole or not at all.
 
-    Raises FileError where the disk is full.
+    Raises FileError where the disk is full or a dtype has no place in the format.
     """
+    with whole(path, sum(t.nbytes for t in tensors.values())) as temporary:
+        stream_tensors(temporary, tensors, metadata)
+
+
+def stream_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """write_tensors to a place that `whole` gave."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     # Larger items first, as the format's own writer does, so that every tensor lies aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
         tensor = tensors[name]
+        if tensor.dtype not in _CODES:
+            raise FileError(
+                f"tensor {name} is {tensor.dtype}, which a safetensors file cannot hold; expected one of "
+                f"{', '.join(map(str, _CODES))}: convert it or remove it"
+            )
         header[name] = {
             "dtype": _CODES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -157,11 +209,11 @@ def write_tensors(
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with whole(path, offset + len(text) + 8) as temporary, open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = tensors[name]
-            array = np.asarray(tensor.read(), order="C")
+            array = np.asarray(read_named(name, tensor), order="C")
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise AssertionError(
                     f"{name}: promised {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}"
@@ -169,41 +221,82 @@ def write_tensors(
             file.write(array.reshape(-1).view(np.uint8).data)
 
 
+def refuse_to_replace(folder: Path, names: Collection[str], what: str) -> None:
+    """Raises FileError where something is at `folder` that is not made of `names` alone.
+
+    what: the kind of folder that may be replaced, for the sentence.
+    """
+    if folder.is_file():
+        raise FileError(f"{folder} is a file, expected the name of a folder: give another --out")
+    if not folder.is_dir():
+        return
+    entries = list(folder.iterdir())
+    foreign = sorted(p.name for p in entries if p.name not in names or p.is_dir())
+    if foreign:
+        raise FileError(
+            f"{folder} exists and is no {what}: it holds {', '.join(foreign[:5])}; give another --out, or remove it"
+        )
+
+
+_CANNOT_WRITE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EINVAL, errno.ELOOP,
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def whole(path: str | Path, size: int = 0) -> Iterator[Path]:
     """Gives a path beside `path` to write to, and renames it onto `path` when all went well.
 
-    Works for files and folders (an existing folder is replaced). Whatever goes wrong, nothing half
-    written stays and an older file is kept. size: bytes about to be written, checked against the disk.
+    Works for files and folders (an existing folder is replaced); a link stays, and what it points to is
+    replaced. Whatever goes wrong, nothing half written stays and an older file is kept.
+    size: bytes about to be written, checked against the disk.
     Raises FileError where the disk is full or the place cannot be written to.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(path))
+    if Path.cwd().is_relative_to(target):
+        raise FileError(f"{path} is the folder you are in or one above it: give another --out")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if size > free:
-            raise FileError(
-                f"the disk is full: {path} needs {size:,} bytes, {free:,} are free in {path.parent}; nothing was written"
-            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror}; give another --out") from error
+    if size > free:
+        raise FileError(
+            f"the disk is full: {path} needs {size:,} bytes, {free:,} are free in {target.parent}; nothing was written"
+        )
+    try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
+        if temporary.is_dir() and target.is_dir():
+            _swap(temporary, target)
         else:
-            os.replace(temporary, path)
+            os.replace(temporary, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise FileError(
                 f"the disk is full ({error.strerror}) while writing {path}; nothing was kept, make room and run again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise FileError(f"cannot write {path}: {error.strerror}") from error
+        if error.errno in _CANNOT_WRITE:
+            raise FileError(f"cannot write {path}: {error.strerror}; give another --out") from error
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        # What cannot be removed could not be written either; the error above says why.
+        with contextlib.suppress(OSError):
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Put one folder in the place of another."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
