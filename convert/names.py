@@ -209,7 +209,10 @@ def _pieces(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[int, Tensor]]
             lost.append(name)
             continue
         official, part = _huggingface_parts()[template]
-        pieces.setdefault(official.replace("{n}", number), {})[part] = tensor
+        parts = pieces.setdefault(official.replace("{n}", number), {})
+        if part in parts:  # with and without `text_model`
+            lost.append(name)
+        parts.setdefault(part, tensor)
     return pieces, lost
 
 

@@ -142,6 +142,13 @@ def test_q_k_and_v_of_different_dtypes_are_joined_exactly_and_announced(
         np.testing.assert_array_equal(before[name].read().astype(np.float32), after[name].read())
 
 
+def test_a_tensor_under_two_names_is_surplus_once(published, tmp_path, capsys):
+    name = "text_encoder.text_model.final_layer_norm.weight"
+    edit = lambda content: content.update({name.replace("text_model.", ""): content[name] + 1})
+    said = refused(capsys, changed(published, tmp_path / "hf", edit), tmp_path)
+    assert "1 surplus: text_encoder.final_layer_norm.weight." in said
+
+
 PUBLISHED = {
     "decoder_layers": f"{DECODER}.layers.5.*",
     "fusion_layers": f"{FUSION}.layers.5.*",
