@@ -1,4 +1,4 @@
-"""The JSON files that transformers reads beside a checkpoint in its layout."""
+"""The JSON files that transformers keeps beside a checkpoint in its layout: read and written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,72 @@ from typing import Any
 from convert.keymap import PROJECTION
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import ENDS, STARTS
+from sam3jax.tensor_file import FileError
+
+# (section, field, setting); `depth` is the number of ViT blocks.
+_STATED = (
+    ("vision_config.backbone_config", "num_hidden_layers", "depth"),
+    ("vision_config.backbone_config", "hidden_size", "vit_dim"),
+    ("vision_config.backbone_config", "patch_size", "patch_size"),
+    ("vision_config.backbone_config", "num_attention_heads", "vit_heads"),
+    ("vision_config.backbone_config", "window_size", "window_size"),
+    ("vision_config.backbone_config", "image_size", "image_size"),
+    ("vision_config.backbone_config", "layer_norm_eps", "vit_norm_eps"),
+    ("vision_config.backbone_config", "global_attn_indexes", "global_attn_indexes"),
+    ("text_config", "num_hidden_layers", "text_layers"),
+    ("text_config", "num_attention_heads", "text_heads"),
+    ("text_config", "hidden_size", "text_dim"),
+    ("text_config", "vocab_size", "vocab_size"),
+    ("text_config", "max_position_embeddings", "text_length"),
+    ("geometry_encoder_config", "num_layers", "geometry_layers"),
+    ("detr_encoder_config", "num_layers", "fusion_layers"),
+    ("detr_decoder_config", "num_layers", "decoder_layers"),
+    ("detr_decoder_config", "num_queries", "queries"),
+)
+# What transformers leaves out of a file is its default, which no shape tells.
+_DEFAULTS = dict(vit_heads=16, text_heads=16, window_size=24, image_size=1008, vit_norm_eps=1e-6)
+
+
+def read_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a transformers config.json states, and `depth` and `global_attn_indexes`.
+
+    {} where it is of another kind. Raises FileError that lists what is not of the kind expected.
+    """
+    config = config.get("detector_config") or config
+    problems: list[str] = []
+    found: dict[str, Any] = {}
+    for place, field, key in _STATED:
+        section: Any = config
+        for i, part in enumerate(parts := place.split(".")):
+            section = (section.get(part) or {}) if isinstance(section, Mapping) else section
+            if not isinstance(section, Mapping):
+                problems.append(f"{'.'.join(parts[: i + 1])} is {section!r}, expected an object")
+                break
+        else:
+            value = section.get(field)
+            if key == "image_size" and isinstance(value, list) and value:
+                value = value[0]
+            if value is None:
+                continue
+            whole = lambda n: isinstance(n, int) and not isinstance(n, bool)
+            if key == "global_attn_indexes":
+                good, kind = isinstance(value, list) and all(map(whole, value)), "a list of numbers"
+                good = good and len(value) > 0
+            elif key == "vit_norm_eps":
+                good, kind = isinstance(value, float) and value > 0, "a small number"
+            else:
+                good, kind = whole(value) and value > 0, "a positive whole number"
+            if good:
+                found[key] = value
+            else:
+                problems.append(f"{place}.{field} is {value!r}, expected {kind}")
+    if problems:
+        listed = "; ".join(dict.fromkeys(problems))
+        raise FileError(f"config.json beside the weights is no Sam3 configuration: {listed}")
+    if not found:
+        return {}
+    indexes = found.setdefault("global_attn_indexes", [7, 15, 23, 31])
+    return _DEFAULTS | {"vit_stage_blocks": indexes[0] + 1} | found
 
 
 def huggingface_config(

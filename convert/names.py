@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -19,6 +20,7 @@ from convert.keymap import VIT, dead_entries, templates
 from sam3jax.tensor_file import FileError, Tensor
 
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # DDP, Lightning, torch.compile
+_ANY_WRAPPERS = f"(?:{'|'.join(map(re.escape, _WRAPPERS))})*"
 DETECTOR = {"official": "detector.", "huggingface": "detector_model."}
 TRACKER = {"official": ("tracker.",), "huggingface": ("tracker_model.", "tracker_neck.")}
 CLASS_POSITION = f"{VIT}.pos_embed.class_position"  # the row of pos_embed that transformers drops
@@ -54,12 +56,17 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Sorted:
-    """A checkpoint's tensors by use: live and dead ones under official names, the rest as they came."""
+    """A checkpoint's tensors by use: live and dead ones under official names, the rest as they came.
+
+    stored: of the transformers layout, the detector's tensors as the file holds them, q, k and v apart,
+    by their bare names; None of the official one.
+    """
 
     layout: Layout
     live: dict[str, Tensor]
     carried: dict[str, Tensor]
     unknown: tuple[str, ...]
+    stored: dict[str, Tensor] | None = None
 
 
 def sort_tensors(
@@ -69,8 +76,8 @@ def sort_tensors(
 
     Raises FileError, by name, for SAM, SAM 2 and SAM 3.1 checkpoints, trackers and anything else.
     """
-    wrapper = _common_wrapper(tensors)
-    bare = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    wrapper = _wrapper(tensors)
+    bare = {n.removeprefix(wrapper): t for n, t in tensors.items() if n.startswith(wrapper)}
     kind, detector = _recognise(bare)
     double = 2 * tracker.HUGGINGFACE
     doubled = any(name.startswith(double) for name in bare)
@@ -78,20 +85,25 @@ def sort_tensors(
     inside: dict[str, Tensor] = {}
     beside = dict(beside or {})
     carried: dict[str, Tensor] = {}
-    unknown: list[str] = []
+    unknown = [name for name in tensors if not name.startswith(wrapper)]
+    stored = None
     for name, tensor in bare.items():
+        inner = name.removeprefix(detector)
         if detector and not name.startswith(detector):
             if name.startswith(TRACKER[kind]):
                 carried[name] = tensor
             else:
                 unknown.append(wrapper + name)
-        elif name.startswith((*TRACKER[kind], INTERACTIVE)):
+        elif inner.startswith(INTERACTIVE):
+            carried[inner] = tensor
+        elif not detector and name.startswith(TRACKER[kind]):
             carried[name] = tensor
         else:
-            inside[name.removeprefix(detector)] = tensor
+            inside[inner] = tensor
     if kind == "huggingface":
         carried |= {DETECTOR[kind] + n: t for n, t in inside.items() if _COMPUTED.search(n)}
         inside = {name: t for name, t in inside.items() if not _COMPUTED.search(name)}
+        stored = {with_text_model(name): tensor for name, tensor in inside.items()}
         inside, lost = from_huggingface(inside, beside.get(CLASS_POSITION))
         unknown += [wrapper + detector + name for name in lost]
         carried = tracker.to_official(carried)
@@ -104,7 +116,8 @@ def sort_tensors(
             live[name] = tensor
         else:
             unknown.append(wrapper + detector + name)
-    return Sorted(Layout(kind, wrapper, detector, doubled), live, beside | carried, tuple(unknown))
+    layout = Layout(kind, wrapper, detector, doubled)
+    return Sorted(layout, live, beside | carried, tuple(unknown), stored)
 
 
 def to_huggingface(
@@ -138,22 +151,16 @@ def from_huggingface(
     """Tensors of transformers' Sam3Model by their official names, and the names that have none.
 
     class_position: the row of pos_embed that transformers drops; no output depends on it.
-    A tensor of which only some of q, k and v are there is left out: it will be reported as missing.
+    q, k and v that are not all there, or not of one shape, are left out: `convert.weights.misfits` names them.
     """
-    pieces: dict[str, dict[int, Tensor]] = {}
-    lost: list[str] = []
-    for name, tensor in tensors.items():
-        template, number = _split(_with_text_model(name), _huggingface_parts())
-        if template is None:
-            lost.append(name)
-            continue
-        official, part = _huggingface_parts()[template]
-        pieces.setdefault(official.replace("{n}", number), {})[part] = tensor
+    pieces, lost = _pieces(tensors)
     out: dict[str, Tensor] = {}
     for name, parts in pieces.items():
         template = _official_template(name)
         ordered = [parts[i] for i in sorted(parts)]
         if len(ordered) != len(_official_parts()[template]):
+            continue
+        if len(ordered) > 1 and (len({t.shape for t in ordered}) > 1 or not ordered[0].shape):
             continue
         kind = _kinds()[template]
         if kind == "positions":
@@ -165,6 +172,50 @@ def from_huggingface(
     return out, lost
 
 
+def huggingface_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """{transformers name: shape} of what an official tensor of this shape is there; {} if nothing."""
+    template, number = _split(name, _official_parts())
+    parts = [part.replace("{n}", number) for part in _official_parts()[template]]
+    kind = _kinds()[template]
+    if kind == "positions":
+        shape = (shape[0], shape[1] - 1, *shape[2:])
+    elif kind == "projection":
+        shape = shape[::-1]
+    elif len(parts) > 1:
+        shape = (shape[0] // len(parts), *shape[1:])
+    return dict.fromkeys(parts, shape)
+
+
+def mixed_dtypes(stored: Mapping[str, Tensor]) -> list[str]:
+    """Official tensors whose q, k and v are stored in different dtypes by transformers."""
+    pieces = _pieces(stored)[0]
+    return [n for n, parts in pieces.items() if len({t.dtype for t in parts.values()}) > 1]
+
+
+def common_dtype(dtypes: set[np.dtype]) -> np.dtype:
+    """The dtype of one array for tensors stored in several: one that holds them all."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[int, Tensor]], list[str]]:
+    """Transformers tensors as the numbered parts of official ones, and the names that have no place."""
+    pieces: dict[str, dict[int, Tensor]] = {}
+    lost: list[str] = []
+    for name, tensor in tensors.items():
+        template, number = _split(with_text_model(name), _huggingface_parts())
+        if template is None:
+            lost.append(name)
+            continue
+        official, part = _huggingface_parts()[template]
+        parts = pieces.setdefault(official.replace("{n}", number), {})
+        if part in parts:  # with and without `text_model`
+            lost.append(name)
+        parts.setdefault(part, tensor)
+    return pieces, lost
+
+
 def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
     """The layout and the detector's prefix, or FileError with what it is instead."""
     joined = "\n" + "\n".join(bare)
@@ -173,10 +224,8 @@ def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
             "this is a SAM 3.1 checkpoint (it has the multiplex tracker's three necks); this program reads "
             "SAM 3: take sam3.pt or model.safetensors from the repository facebook/sam3"
         )
-    for kind, roots in _LIVE_ROOTS.items():
-        for detector in (DETECTOR[kind], ""):
-            if any("\n" + detector + root in joined for root in roots):
-                return kind, detector
+    if found := _detector(bare):
+        return found
     if re.search(
         r"\nimage_encoder\.(trunk|neck)\.|\nvision_encoder\.backbone\.blocks\.|\nsam_mask_decoder\.",
         joined,
@@ -206,16 +255,27 @@ def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
     )
 
 
-def _common_wrapper(names: Iterable[str]) -> str:
-    names, wrapper = list(names), ""
-    while True:
-        found = next((w for w in _WRAPPERS if all(n.startswith(wrapper + w) for n in names)), None)
-        if found is None:
+def _detector(names: Iterable[str]) -> tuple[str, str] | None:
+    """The layout and the detector's prefix, if there is a detector among these bare names."""
+    joined = "\n" + "\n".join(names)
+    for kind, roots in _LIVE_ROOTS.items():
+        for detector in (DETECTOR[kind], ""):
+            if any("\n" + detector + root in joined for root in roots):
+                return kind, detector
+    return None
+
+
+def _wrapper(names: Iterable[str]) -> str:
+    """What stands before the names of most tensors of a detector; without one, before all tensors."""
+    names = list(names)
+    wrappers = Counter(re.match(_ANY_WRAPPERS, name).group() for name in names)
+    for wrapper, _ in wrappers.most_common():
+        if _detector(n.removeprefix(wrapper) for n in names if n.startswith(wrapper)):
             return wrapper
-        wrapper += found
+    return next(iter(wrappers)) if len(wrappers) == 1 else ""
 
 
-def _with_text_model(name: str) -> str:
+def with_text_model(name: str) -> str:
     """Some versions of transformers write CLIP's tower without its inner `text_model`."""
     start = "text_encoder."
     inner = ("text_model.", "text_projection.")
@@ -284,9 +344,9 @@ def _rows(tensor: Tensor, start: int, stop: int, axis: int = 0) -> Tensor:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     shape = (sum(t.shape[0] for t in tensors), *tensors[0].shape[1:])
-    return Tensor(
-        shape, tensors[0].dtype, lambda slot: np.concatenate([t.read() for t in tensors])[slot]
-    )
+    dtype = common_dtype({t.dtype for t in tensors})
+    join = lambda slot: np.concatenate([t.read().astype(dtype) for t in tensors])[slot]
+    return Tensor(shape, dtype, join)
 
 
 def _transposed(tensor: Tensor) -> Tensor:
@@ -294,10 +354,12 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 
 def _with_class_position(positions: Tensor, first: Tensor | None) -> Tensor:
+    if len(positions.shape) != 3:
+        return positions  # misshapen, to be reported
     shape = (1, positions.shape[1] + 1, positions.shape[2])
 
     def get(slot: tuple[int, ...]) -> np.ndarray:
         row = np.zeros((1, 1, shape[2]), positions.dtype) if first is None else first.read()
-        return np.concatenate([row, positions.read()], 1)[slot]
+        return np.concatenate([row.astype(positions.dtype), positions.read()], 1)[slot]
 
     return Tensor(shape, positions.dtype, get)

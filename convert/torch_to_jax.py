@@ -13,9 +13,9 @@ import numpy as np
 
 from convert.adapters import Adapters, count_layers
 from convert.files import Checkpoint, read_checkpoint
-from convert.names import Layout, Sorted, sort_tensors
+from convert.names import Layout, Sorted, mixed_dtypes, sort_tensors
 from convert.sizes import infer_config, missing_dead
-from convert.weights import ConversionError, flax_tensors, narrowed
+from convert.weights import ConversionError, flax_tensors, misfits, narrowed, report
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer, build_clip_tokenizer
 from sam3jax.model_folder import ModelFolder, is_model_folder, save_model_folder
@@ -46,6 +46,7 @@ def understand(src: str | Path, overrides: Mapping[str, Any] | None = None) -> R
         sorted_.live,
         sorted_.carried,
         layout=sorted_.layout.kind,
+        stored=sorted_.stored,
         written=checkpoint.config,
         overrides=overrides,
     )
@@ -75,8 +76,10 @@ def torch_to_jax(
     Raises FileError or ConversionError, after which nothing was written.
     """
     reading = understand(src, overrides)
-    leaves = flax_tensors(reading.sorted.live, reading.config, surplus=reading.sorted.unknown)
-    carried = reading.sorted.carried
+    found, carried, notes = reading.sorted, reading.sorted.carried, list(reading.notes)
+    leaves = flax_tensors(
+        found.live, reading.config, carried=carried, surplus=found.unknown, stored=found.stored
+    )
     text, origin = find_tokenizer(reading.config, tokenizer or reading.checkpoint.tokenizer)
     layout = reading.sorted.layout
     source = {
@@ -88,6 +91,10 @@ def torch_to_jax(
     }
     if dtype is None and (narrow := narrowed(reading.sorted.live, leaves, reading.config)):
         source["dtypes"] = narrow
+    if dtype is None and (mixed := mixed_dtypes(found.stored or {})):
+        notes.append(
+            f"q, k and v are of different dtypes, an export has them in one that holds all three: {', '.join(mixed)}"
+        )
     if tracker := (reading.checkpoint.config or {}).get("tracker_config"):
         source["tracker_config"] = tracker
     save_model_folder(
@@ -95,8 +102,9 @@ def torch_to_jax(
     )
     return [
         f"{out}: {_count(leaves)} from {len(reading.sorted.live)} tensors, {_count(carried)} carried, {_dtypes(leaves, dtype)}",
+        f"size: {size_line(reading.config)}",
         f"vocabulary: {origin}",
-        *reading.notes,
+        *notes,
     ]
 
 
@@ -153,23 +161,21 @@ def describe(
     """The configuration of a checkpoint, and in lines what it holds: layout, size, tensors, dtypes."""
     reading = understand(src, overrides)
     live, carried, unknown = reading.sorted.live, reading.sorted.carried, reading.sorted.unknown
-    problems = []
-    try:
-        flax_tensors(live, reading.config, surplus=unknown)
-    except ConversionError as error:
-        problems = [f"PROBLEM: {error}"]
+    problems = misfits(
+        live, reading.config, carried=carried, surplus=unknown, stored=reading.sorted.stored
+    )
     zeros = missing_dead(reading.config, carried)
     return reading.config, [
         f"{reading.checkpoint.path}: {layout_name(reading.sorted.layout)}, {reading.checkpoint.nbytes:,} bytes",
         f"used: {len(live)} tensors, {_count(live)}",
         f"carried: {len(carried)} tensors, {_count(carried)}{_groups(carried)}",
         f"unknown: {len(unknown)} tensors{_listed(unknown)}",
-        f"missing: {len(_missing(reading))} tensors{_listed(_missing(reading))}",
+        f"missing: {len(problems['missing'])} tensors{_listed(problems['missing'])}",
         *([f"absent, without effect: {len(zeros)} tensors{_listed(zeros)}"] if zeros else []),
         f"dtypes: {_dtypes({**live, **carried}, None)}",
         f"size: {size_line(reading.config)}",
         *reading.notes,
-        *problems,
+        *([f"PROBLEM: {report(problems)}"] if any(problems.values()) else []),
     ]
 
 
@@ -198,16 +204,6 @@ def describe_source(folder: ModelFolder, adapters: Adapters) -> list[str]:
     return lines
 
 
-def _missing(reading: Reading) -> list[str]:
-    from convert.keymap import entries
-
-    return [
-        n
-        for n in dict.fromkeys(e.torch for e in entries(reading.config))
-        if n not in reading.sorted.live
-    ]
-
-
 def layout_name(layout: Layout) -> str:
     """The layout in words."""
     kind = "published (official)" if layout.kind == "official" else "transformers (huggingface)"
@@ -220,7 +216,7 @@ def size_line(c: ModelConfig) -> str:
     return (
         f"pictures {c.image_size} px, patch {c.patch_size}; ViT {c.vit_stages * c.vit_stage_blocks} x {c.vit_dim} "
         f"({c.vit_heads} heads, window {c.window_size}); text {c.text_layers} x {c.text_dim} ({c.text_heads} heads, "
-        f"{c.vocab_size:,} tokens); width {c.dim}, fusion {c.fusion_layers}, decoder {c.decoder_layers}, {c.queries} queries"
+        f"{c.vocab_size:,} tokens); width {c.dim}, fusion {c.fusion_layers}, decoder {c.decoder_layers}, geometry {c.geometry_layers}, {c.queries} queries"
     )
 
 

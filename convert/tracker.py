@@ -22,6 +22,7 @@ NECK_OFFICIAL, NECK_TRANSFORMERS = "backbone.vision_backbone.sam2_convs", "track
 _FREQUENCIES = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _SHARED = "shared_image_embedding.positional_embedding"
 _POINTS = "sam_prompt_encoder.point_embeddings.{i}.weight", "prompt_encoder.point_embed.weight"
+_POINT = re.compile(re.escape(OFFICIAL) + r"sam_prompt_encoder\.point_embeddings\.(\d+)\.weight")
 _STACK = 16  # more layers than any stack of the tracker has
 
 # Whole names, or owners of `.weight` and `.bias`; {i} numbers layers.
@@ -58,7 +59,7 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     back = {new: old for old, new in _table().items()}
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name == HUGGINGFACE + _POINTS[1]:
+        if name == HUGGINGFACE + _POINTS[1] and len(tensor.shape) == 2:
             for i in range(tensor.shape[0]):
                 out[OFFICIAL + _POINTS[0].format(i=i)] = _row(tensor, i)
         else:
@@ -73,21 +74,17 @@ def to_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     """Carried official tensors by their transformers names, and those that have none."""
     out: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
-    points: list[Tensor] = []
+    points = _joined_points(tensors)
     for name, tensor in tensors.items():
         new = _renamed(name, _table())
-        if re.fullmatch(
-            re.escape(OFFICIAL) + r"sam_prompt_encoder\.point_embeddings\.\d+\.weight", name
-        ):
-            points.append(tensor)
-        elif new != name or name.startswith((HUGGINGFACE, "tracker_neck.")):
+        if points and _POINT.fullmatch(name):
+            continue
+        if new != name or name.startswith((HUGGINGFACE, "tracker_neck.")):
             out[new] = tensor
         else:
             rest[name] = tensor
     if points:
-        shape = (len(points), *points[0].shape[1:])
-        join = lambda slot: np.concatenate([p.read() for p in points])[slot]
-        out[HUGGINGFACE + _POINTS[1]] = Tensor(shape, points[0].dtype, join)
+        out[HUGGINGFACE + _POINTS[1]] = points
     frequencies = HUGGINGFACE + dict(_NAMES)[_FREQUENCIES]
     if frequencies in out:
         out.setdefault(HUGGINGFACE + _SHARED, out[frequencies])
@@ -97,6 +94,18 @@ def to_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 def is_tracker(name: str) -> bool:
     """Whether a carried tensor belongs to the tracker or its neck, in either layout."""
     return name.startswith((OFFICIAL, HUGGINGFACE, NECK_OFFICIAL, "tracker_neck."))
+
+
+def _joined_points(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The table of the point embeddings; None where they are not rows 0, 1, ... of one shape and dtype."""
+    points = {int(m[1]): t for name, t in tensors.items() if (m := _POINT.fullmatch(name))}
+    rows = [points[i] for i in sorted(points)]
+    if sorted(points) != list(range(len(points))) or len({(t.shape, t.dtype) for t in rows}) != 1:
+        return None
+    if len(rows[0].shape) != 2 or rows[0].shape[0] != 1:
+        return None
+    join = lambda slot: np.concatenate([row.read() for row in rows])[slot]
+    return Tensor((len(rows), rows[0].shape[1]), rows[0].dtype, join)
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:

@@ -6,14 +6,22 @@ never lies in memory twice; `to_flax` and `to_torch` are the same on arrays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from convert.keymap import Entry, carried_shapes, entries
-from convert.names import CLASS_POSITION, from_huggingface, to_huggingface
+from convert.keymap import TEXT, Entry, carried_shapes, entries
+from convert.names import (
+    CLASS_POSITION,
+    common_dtype,
+    from_huggingface,
+    huggingface_shapes,
+    to_huggingface,
+    with_text_model,
+)
 from sam3jax.config import ModelConfig
 from sam3jax.model.init import parameter_shapes
 from sam3jax.tensor_file import Tensor, is_float
@@ -26,6 +34,7 @@ class ConversionError(ValueError):
     """Tensors do not fit the model; the message lists all of them and says what to do."""
 
 
+@functools.cache
 def leaf_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
     """Shape of every leaf of the parameter tree, by path."""
     leaves = jax.tree.leaves_with_path(parameter_shapes(config))
@@ -42,11 +51,13 @@ def to_flax(
     """
     lazy = {name: Tensor.of(np.asarray(array)) for name, array in tensors.items()}
     lost: list[str] = []
+    stored = None
     if _checked(layout) == "huggingface":
+        stored = {with_text_model(name): tensor for name, tensor in lazy.items()}
         lazy, lost = from_huggingface(lazy)
     known = {entry.torch for entry in entries(config)} | set(carried_shapes(config))
     lost += [name for name in lazy if name not in known and not name.endswith("freqs_cis")]
-    leaves = flax_tensors(lazy, config, surplus=lost)
+    leaves = flax_tensors(lazy, config, carried=lazy, surplus=lost, stored=stored)
     return unflatten({path: leaf.read() for path, leaf in leaves.items()})
 
 
@@ -72,36 +83,73 @@ def to_torch(
 
 
 def flax_tensors(
-    tensors: Mapping[str, Tensor], config: ModelConfig, *, surplus: list[str] | tuple[str, ...] = ()
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    carried: Mapping[str, Tensor] | None = None,
+    surplus: Sequence[str] = (),
+    stored: Mapping[str, Tensor] | None = None,
 ) -> dict[Path, Tensor]:
     """The leaves of the parameter tree, unread, from the tensors of a bare detector by official name.
 
-    surplus: names that have no place anywhere, to be reported with the rest.
+    carried, surplus, stored: see `misfits`.
     Raises ConversionError that names every missing, surplus and misshapen tensor at once.
     """
-    shapes = leaf_shapes(config)
-    problems: dict[str, list[str]] = {"missing": [], "misshapen": [], "surplus": list(surplus)}
+    problems = misfits(tensors, config, carried=carried, surplus=surplus, stored=stored)
+    if any(problems.values()):
+        raise ConversionError(report(problems))
     parts: dict[Path, dict[tuple[int, ...], tuple[Entry, Tensor]]] = {}
     for entry in entries(config):
-        tensor = tensors.get(entry.torch)
-        if tensor is None:
-            problems["missing"].append(entry.torch)
-            continue
-        want = torch_shape(entry, shapes[entry.path][len(entry.slot) :])
-        if tensor.shape != want:
-            problems["misshapen"].append(
-                f"{entry.torch} is {list(tensor.shape)}, expected {list(want)}"
-            )
-            continue
-        if not is_float(tensor.dtype):
-            problems["misshapen"].append(
-                f"{entry.torch} is {tensor.dtype}, expected a floating dtype"
-            )
-            continue
-        parts.setdefault(entry.path, {})[entry.slot] = (entry, tensor)
-    if any(problems.values()):
-        raise ConversionError(_report(problems))
+        parts.setdefault(entry.path, {})[entry.slot] = (entry, tensors[entry.torch])
+    shapes = leaf_shapes(config)
     return {path: _leaf(shapes[path], found) for path, found in parts.items()}
+
+
+def misfits(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    carried: Mapping[str, Tensor] | None = None,
+    surplus: Sequence[str] = (),
+    stored: Mapping[str, Tensor] | None = None,
+) -> dict[str, list[str]]:
+    """{"missing", "misshapen", "surplus": what a detector of this size cannot use, by name}.
+
+    carried: dead tensors; they may be absent. surplus: names that have no place anywhere. stored: the
+    tensors as the transformers layout holds them, by the names of which they are reported; None: official.
+    """
+    carried = carried or {}
+    problems: dict[str, list[str]] = {"missing": [], "misshapen": [], "surplus": list(surplus)}
+
+    def check(name: str, tensor: Tensor | None, want: tuple[int, ...], live: bool) -> None:
+        if tensor is None:
+            if live:
+                problems["missing"].append(name)
+        elif tensor.shape != want:
+            problems["misshapen"].append(f"{name} is {list(tensor.shape)}, expected {list(want)}")
+        elif live and not is_float(tensor.dtype):
+            problems["misshapen"].append(f"{name} is {tensor.dtype}, expected a floating dtype")
+
+    shapes = leaf_shapes(config)
+    wanted = {e.torch: torch_shape(e, shapes[e.path][len(e.slot) :]) for e in entries(config)}
+    for name, want in wanted.items():
+        if stored is None:
+            check(name, tensors.get(name), want, True)
+        else:
+            for part, shape in huggingface_shapes(name, want).items():
+                check(part, stored.get(part), shape, True)
+    dead = carried_shapes(config)
+    projection = f"{TEXT}.encoder.text_projection"  # of any width: nothing reads it
+    if projection in carried and len(shape := carried[projection].shape) == 2 and shape[1]:
+        dead[projection] = (config.text_dim, shape[1])
+    for name, want in dead.items():
+        parts = huggingface_shapes(name, want) if stored is not None else {}
+        for part, shape in parts.items():
+            check(part, stored.get(part), shape, False)
+        if not parts:
+            check(name, carried.get(name), want, False)
+    check(CLASS_POSITION, carried.get(CLASS_POSITION), (1, 1, config.vit_dim), False)
+    return problems
 
 
 def torch_tensors(
@@ -160,16 +208,9 @@ def narrowed(
     return {n: str(tensors[n].dtype) for n, dtype in found.items() if tensors[n].dtype != dtype}
 
 
-def _common_dtype(dtypes: set[np.dtype]) -> np.dtype:
-    """Layers stored in different dtypes share one array: of one that holds them all."""
-    if len(dtypes) == 1:
-        return dtypes.pop()
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
-
-
 def _leaf(shape: tuple[int, ...], parts: Mapping[tuple[int, ...], tuple[Entry, Tensor]]) -> Tensor:
     """One leaf of the tree; its layers are read, turned and stacked when asked for."""
-    dtype = _common_dtype({tensor.dtype for _, tensor in parts.values()})
+    dtype = common_dtype({tensor.dtype for _, tensor in parts.values()})
     depth = len(next(iter(parts)))
 
     def get(slot: tuple[int, ...]) -> np.ndarray:
@@ -204,7 +245,7 @@ def _checked(layout: str) -> str:
     return layout
 
 
-def _report(problems: Mapping[str, list[str]]) -> str:
+def report(problems: Mapping[str, list[str]]) -> str:
     """All problems in one message; long lists in full, since a cut list hides the one that matters."""
     found = {kind: list(dict.fromkeys(names)) for kind, names in problems.items() if names}
     count = sum(len(names) for names in found.values())
