@@ -87,7 +87,13 @@ def decayed(trainable: Tree) -> Tree:
 
 
 def compact(frozen: Tree, config: ModelConfig) -> Tree:
-    """Frozen kernels in the compute dtype: the values each layer would cast them to, half the bytes."""
+    """Frozen kernels in the compute dtype: the values each layer would cast them to, half the bytes.
+
+    Not on a CPU: XLA widens a whole stack of bfloat16 again before it takes a layer of it, and keeps
+    both (measured at full size: 6.0 GB of arguments and temporaries, 5.2 GB as they are).
+    """
+    if jax.default_backend() == "cpu":
+        return frozen
     dtype = config.compute_dtype
 
     def cast(path: tuple[Any, ...], x: Any) -> Any:
