@@ -88,8 +88,10 @@ def draw_comparison(
     threshold: float,
     folder: Path,
 ) -> None:
-    """truth | base | tuned, of the pictures in `chosen`, as PNG."""
+    """truth | base | tuned, of the pictures in `chosen`, as PNG; those of an earlier comparison go."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9]_*.png"):
+        old.unlink()
     records = {image.id: image for image in dataset.images}
     for number, picture in enumerate(chosen, start=1):
         record = records[picture["id"]]

@@ -102,6 +102,9 @@ def test_only_what_was_asked_is_counted(run, folder):
 def test_the_command_compares_probes_and_stores_thresholds(run, folder, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "open_run", lambda _: run)
     arguments = ["--run", str(run.path), "--compare", "--probe", str(folder)]
+    stale = run.path / "comparison" / "01_of_an_earlier_step.png"
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.touch()
     assert evaluate.main(arguments) == 0
     report = json.loads((run.path / "evaluation.json").read_text())
     base, tuned = report["base"]["metrics"], report["metrics"]
