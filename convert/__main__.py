@@ -150,7 +150,10 @@ def _settings(items: Sequence[str]) -> dict[str, Any]:
         if not equals or key not in ModelConfig.model_fields:
             known = ", ".join(ModelConfig.model_fields)
             raise ConversionError(f"--set {item}: expected key=value with a key of {known}")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConversionError(f"--set {item}: {value!r} is no readable value") from error
     return settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,9 +129,15 @@ def find_tokenizer(config: ModelConfig, source: str | Path | None) -> tuple[str 
         raise FileError(f"there is no tokenizer file {path}")
     try:
         text = path.read_text("utf-8") if path.suffix == ".json" else build_clip_tokenizer(path)
+        if path.suffix == ".json" and "model" not in dict(json.loads(text)):
+            raise ValueError("it has no `model`")
         size = Tokenizer(text, config.text_length).vocab_size
-    except (ValueError, UnicodeDecodeError) as error:
-        raise FileError(str(error)) from error
+    except FileError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise FileError(
+            f"{path} holds no vocabulary ({error}): give CLIP's tokenizer.json or bpe_simple_vocab_16e6.txt.gz"
+        ) from error
     if size > config.vocab_size:
         raise FileError(
             f"{path} has {size:,} tokens, the checkpoint's text tower {config.vocab_size:,}: it is another model's"

@@ -12,10 +12,11 @@ from convert import to_torch
 from convert.__main__ import main
 from convert.files import read_checkpoint, to_torch_tensor
 from convert.sizes import infer_config, rope_tables
+from convert.torch_to_jax import find_tokenizer
 from convert.weights import ConversionError, entries, leaf_shapes, torch_shape, unflatten
 from sam3jax.config import ModelConfig
 from sam3jax.model_folder import open_model_folder
-from sam3jax.tensor_file import Tensor, read_tensors
+from sam3jax.tensor_file import FileError, Tensor, read_tensors
 
 TINY = ModelConfig(preset="tiny")
 VIT, TEXT = "backbone.vision_backbone.trunk", "backbone.language_backbone.encoder"
@@ -325,6 +326,10 @@ def test_settings_that_are_no_numbers_are_named(tensors, tmp_path, capsys, setti
     assert "expected positive numbers" in refused(capsys, tensors, tmp_path, setting)
 
 
+def test_a_setting_that_is_no_yaml_is_named(tensors, tmp_path, capsys):
+    assert "no readable value" in refused(capsys, tensors, tmp_path, "image_size=[")
+
+
 @pytest.mark.parametrize(
     ("prefix", "foreign"),
     [("model.", "epoch"), ("model.detector.", "criterion.w"), ("module.detector.", "tracker.x")],
@@ -374,3 +379,11 @@ def test_rope_tables_are_computed_anew_where_they_are_absent_or_misshapen(
 def test_the_vocabulary_found_is_said(tensors, tmp_path, capsys):
     longer = {**tensors, f"{TEXT}.token_embedding.weight": torch.zeros(1025, TINY.text_dim)}
     assert "1,025 tokens" in accepted(capsys, longer, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"model": 3}'])
+def test_a_tokenizer_that_is_none_is_named(tmp_path, text):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(text)
+    with pytest.raises(FileError, match=r"tokenizer\.json holds no vocabulary"):
+        find_tokenizer(ModelConfig(preset="tiny"), file)
