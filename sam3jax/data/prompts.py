@@ -21,7 +21,7 @@ from sam3jax.data.tokenizer import Tokenizer
 
 VISUAL = "visual"  # the published phrase of a prompt that is boxes alone
 NO_CATEGORY = -1  # category_id of `negative_phrases` and of padding
-_FEW_NEGATIVES = 0.1  # share of questions below which to warn
+_FEW_NEGATIVES = 0.2  # share of questions below which to warn
 _LOOK_ALIKE = 0.25  # the draw of a category that shares a word with a present one is times this
 
 
