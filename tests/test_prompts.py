@@ -111,10 +111,10 @@ def test_positives_leave_room_for_negatives(dataset):
 def test_the_balance_of_questions_is_counted_and_few_negatives_are_said(dataset):
     """Present: 2 in picture 0, 5 (of which 4 fit) in picture 2, 1 in picture 4."""
     plenty = balance(dataset, DataConfig(max_prompts=4, positives=2, negatives=2), 0)
-    assert "asks 5 phrases that are in the picture and 9 that are not (64%)" in plenty
+    assert "5 pictures are asked 5 phrases that are there and 9 that are not (64%)" in plenty
     assert "few" not in plenty
     none = balance(dataset, DataConfig(max_prompts=9, negatives=0), 0)
-    assert "asks 8 phrases that are in the picture and 2 that are not (20%)" in none
+    assert "are asked 8 phrases that are there and 2 that are not (20%)" in none
     everywhere = dataclasses.replace(dataset, images=(dataset.images[2], dataset.images[0]))
     few = balance(everywhere, DataConfig(max_prompts=4, negatives=0), 0)
     assert "data.negatives" in few

@@ -22,6 +22,7 @@ from sam3jax.data.tokenizer import Tokenizer
 VISUAL = "visual"  # the published phrase of a prompt that is boxes alone
 NO_CATEGORY = -1  # category_id of `negative_phrases` and of padding
 _FEW_NEGATIVES = 0.2  # share of questions below which to warn
+_LOOKED_AT = 2000  # pictures that tell the balance of questions
 _LOOK_ALIKE = 0.25  # the draw of a category that shares a word with a present one is times this
 
 
@@ -101,17 +102,18 @@ def training_questions(
 
 
 def balance(dataset: Dataset, config: DataConfig, seed: int) -> str:
-    """A line about what the first epoch asks: how many phrases that are there, how many that are not."""
-    names, targets = phrases_of(dataset), training_shapes(dataset, config).targets
+    """A line about what pictures are asked: how many phrases that are there, how many that are not."""
+    names, records = phrases_of(dataset), dataset.images[:_LOOKED_AT]
+    targets = max((len(record.annotations) for record in records), default=0)
     there = absent = 0
-    for row, record in enumerate(dataset.images):
+    for row, record in enumerate(records):
         asked = training_questions(
             record, names, config, targets=targets, seed=seed, epoch=0, row=row
         )
         there += sum(bool(q.targets) for q in asked)
         absent += sum(not q.targets for q in asked)
     share = absent / max(there + absent, 1)
-    line = f"an epoch asks {there:,} phrases that are in the picture and {absent:,} that are not ({share:.0%})"
+    line = f"{len(records):,} pictures are asked {there:,} phrases that are there and {absent:,} that are not ({share:.0%})"
     if share < _FEW_NEGATIVES:
         line += (
             ": few, a model tuned so may find things that are not there; raise data.max_prompts or "
