@@ -364,8 +364,8 @@ class Config(_Section):
     evaluation: EvalConfig = EvalConfig()
     init: str | None = Field(
         None,
-        description="what to start from: a model folder (python -m convert) or a run folder; None: "
-        "random weights",
+        description="what to start from: a model folder (python -m convert), a run folder, or "
+        "shipped:tiny_shapes; None: random weights",
     )
     output: str = Field("runs/run", description="run folder")
     train: Literal["lora", "all"] = Field(

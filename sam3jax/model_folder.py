@@ -6,7 +6,8 @@
     carried.safetensors     tensors that the detector does not use (tracker, second neck, dead ones),
                             under torch names, so that an export can hand them back; may be absent
 
-The folder appears whole or not at all.
+The folder appears whole or not at all. `shipped:NAME` stands for one inside the package, in
+sam3jax/assets.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ WEIGHTS, CARRIED = "model.safetensors", "carried.safetensors"
 NAMES = (CONFIG, TOKENIZER, WEIGHTS, CARRIED)
 FORMAT = "sam3jax model folder"
 VERSION = 1
+SHIPPED = "shipped:"
+_ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +59,15 @@ class ModelFolder:
     source: dict[str, Any]
 
 
+def locate(path: str | Path) -> Path:
+    """Where a model folder lies: the path itself, or sam3jax/assets/NAME for `shipped:NAME`."""
+    name = str(path)
+    return _ASSETS / name.removeprefix(SHIPPED) if name.startswith(SHIPPED) else Path(path)
+
+
 def is_model_folder(path: str | Path) -> bool:
     """Whether a folder says of itself that it is one."""
-    file = Path(path) / CONFIG
+    file = locate(path) / CONFIG
     try:
         return json.loads(file.read_text("utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
@@ -71,8 +80,13 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     Raises FileError where it is none, is of a newer version, lacks a file, or holds other arrays than
     its config asks for.
     """
-    path = Path(path)
+    asked, path = path, locate(path)
     if not is_model_folder(path):
+        if str(asked).startswith(SHIPPED):
+            names = sorted(p.name for p in _ASSETS.iterdir() if is_model_folder(p))
+            raise FileError(
+                f"{asked} is not shipped with sam3jax, it has {', '.join(SHIPPED + n for n in names)}"
+            )
         what = (
             "is no model folder"
             if path.is_dir()

@@ -1,0 +1,80 @@
+"""Put a trained tiny SAM 3 into the package, in bfloat16, with the record of how it was trained.
+
+    python -m scripts.ship_shapes --run runs/shapes_base --out sam3jax/assets/tiny_shapes
+
+The record is `source` in the folder's config.json: every run in the chain with its settings and its
+results, down to the folder that scripts.pretrain_shapes wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from sam3jax.checkpoint import load_run
+from sam3jax.config import Config, load_config
+from sam3jax.lora import merge_lora
+from sam3jax.model_folder import is_model_folder, open_model_folder, save_model_folder
+
+
+def record(start: str | None) -> list[dict[str, Any]]:
+    """How `start` came about, oldest first: what pretrained it, then a run after the other."""
+    if start is None:
+        return []
+    if is_model_folder(start):
+        return [dict(open_model_folder(start).source)]
+    path = Path(start)
+    config = load_config(path / "config.yaml")
+    summary = json.loads((path / "summary.json").read_text())
+    told = {
+        "made by": "python -m sam3jax.train",
+        "settings": _chosen(config),
+        "step_seconds_median": summary["step_seconds_median"],
+        "validation": summary["best"] or summary["final"],
+    }
+    return [*record(config.init), told]
+
+
+def _chosen(config: Config) -> dict[str, Any]:
+    """The settings that are not the defaults; folders of this computer left out."""
+    chosen = config.model_dump(mode="json", exclude_unset=True, exclude={"init", "output", "model"})
+    return _without_defaults(chosen, Config().model_dump(mode="json"))
+
+
+def _without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            value = _without_defaults(value, defaults[key])
+            if not value:
+                continue
+        if value != defaults.get(key):
+            out[key] = value
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True, type=Path, help="run folder")
+    parser.add_argument("--out", required=True, type=Path, help="model folder to write")
+    options = parser.parse_args()
+    run = load_run(options.run)
+    variables = jax.device_get(run.variables)
+    params = variables["params"]
+    if "lora" in variables:
+        params = jax.device_get(merge_lora(params, variables["lora"], variables["lora_scale"]))
+    narrow = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
+    source = {"trained": record(str(options.run)), "step": run.step, "jax": jax.__version__}
+    save_model_folder(options.out, run.config.model, narrow, run.tokenizer, source=source)
+    size = sum(f.stat().st_size for f in options.out.iterdir())
+    print(f"{options.out}: {size:,} bytes, step {run.step}")
+
+
+if __name__ == "__main__":
+    main()
