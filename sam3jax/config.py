@@ -284,7 +284,7 @@ class DataConfig(_Section):
         description="smallest random edge, pixels; the rest is padded. None: no random size",
     )
     workers: int = Field(0, ge=0, description="loader processes; 0: in the main process")
-    shapes_concepts: Literal["basic", "seen", "combinations", "new", "all"] = Field(
+    shapes_concepts: Literal["basic", "seen", "combinations", "new", "new_with_old", "all"] = Field(
         "basic", description="phrases of the generated data, see sam3jax/data/shapes.py"
     )
     shapes_size: int = Field(256, ge=64, description="longer edge of generated pictures, pixels")

@@ -1,8 +1,9 @@
 """The demo: `python -m sam3jax.demo` teaches a tiny SAM 3 five concepts it has never seen.
 
-It starts from a run that knows coloured shapes (configs/shapes_base.yaml), trains LoRA adapters on
-other shapes, colours and patterns, like any run, then asks the base and the tuned model about
-pictures that neither has seen:
+It starts from the model inside the package, which knows coloured shapes (configs/shapes_base.yaml),
+trains LoRA adapters on other shapes, colours and patterns, and on a few of the old ones so that the
+rest is not forgotten, like any run. Then it asks the base and the tuned model about pictures that
+neither has seen:
 
     new concepts        what was taught
     phrases permuted    every concept asked by another one's name: it must not be found
@@ -33,8 +34,8 @@ from sam3jax.metrics import Evaluation
 from sam3jax.train import train
 
 CONFIG = "configs/demo.yaml"
-OLD = "seen"  # the concepts of configs/shapes_base.yaml
-OLD_PICTURES = 40
+NEW, OLD = "new", "seen"  # groups of concepts, sam3jax.data.shapes; OLD is what the base was taught
+OLD_PICTURES = 30
 DRAWN = 4  # pictures
 
 
@@ -44,9 +45,10 @@ def demo(config_file: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = load_config(config_file, overrides)
     train(config)
     run = open_run(config.output)
-    new = shapes_dataset("test", run.config.data)
+    settings = run.config.data
+    new = shapes_dataset("test", settings.model_copy(update={"shapes_concepts": NEW}))
     changes = {"shapes_concepts": OLD, "shapes_valid": OLD_PICTURES}
-    old = shapes_dataset("test", run.config.data.model_copy(update=changes))
+    old = shapes_dataset("test", settings.model_copy(update=changes))
     keep = max(detections_to_keep(data, run.config.evaluation) for data in (new, old))
     detector = Detector(run.model, run.config.evaluation, limit=keep)
 

@@ -4,9 +4,10 @@ A phrase is a property and a shape. "red circle" means every red circle, whateve
 "striped square" every striped square, whatever its colour. An object that answers two phrases is
 annotated under both. Shades, patterns, turns and overlaps are limited so that people agree.
 
-Four groups of phrases. `basic`: 12, to learn from nothing in minutes. `seen`: what the shipped tiny
+Groups of phrases. `basic`: 12, to learn from nothing in minutes. `seen`: what the shipped tiny
 model is trained on. `combinations`: words of `seen` in pairs that no picture of `seen` shows. `new`:
-shapes, colours and a pattern that no picture of `seen` holds.
+shapes, colours and a pattern that no picture of `seen` holds. `new_with_old`: those, and seven of
+`seen`, of every shape: to learn the new ones without forgetting the old.
 
 Picture k follows from (seed, k) alone. The folder is a Roboflow export like any other; it is written
 once into the cache ($SAM3JAX_CACHE, else ~/.cache/sam3jax), beside its place and then renamed.
@@ -100,6 +101,15 @@ SEEN = tuple(
     for c in _product((*_SEEN_COLOURS, "striped", "dotted"), _SEEN_SHAPES)
     if c not in COMBINATIONS
 )
+REHEARSED = _concepts(
+    "red circle",
+    "yellow star",
+    "blue square",
+    "green cross",
+    "orange triangle",
+    "striped circle",
+    "dotted star",
+)
 BASIC = _product(("red", "green", "blue", "striped"), ("circle", "square", "triangle"))
 HELD_OUT = (*COMBINATIONS, *NEW)
 GROUPS: dict[str, Group] = {
@@ -109,6 +119,7 @@ GROUPS: dict[str, Group] = {
     "seen": Group(SEEN, _SEEN_SHAPES, _SEEN_COLOURS, _SEEN_PATTERNS, COMBINATIONS),
     "combinations": Group(COMBINATIONS, _SEEN_SHAPES, _SEEN_COLOURS, _SEEN_PATTERNS),
     "new": Group(NEW, tuple(SHAPES), tuple(COLOURS), PATTERNS),
+    "new_with_old": Group((*NEW, *REHEARSED), tuple(SHAPES), tuple(COLOURS), PATTERNS),
     "all": Group((*SEEN, *HELD_OUT), tuple(SHAPES), tuple(COLOURS), PATTERNS),
 }
 

@@ -1,0 +1,68 @@
+"""The tiny model inside the package: its size and record, how it is found, and that it knows its shapes."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sam3jax import evaluate
+from sam3jax.checkpoint import load_base
+from sam3jax.config import parse_config
+from sam3jax.data.loader import make_eval_loader
+from sam3jax.data.prompts import tokenize, vocabulary
+from sam3jax.data.shapes import shapes_dataset
+from sam3jax.detector import Detector
+from sam3jax.model import Sam3
+from sam3jax.model_folder import SHIPPED, is_model_folder, locate, open_model_folder
+from sam3jax.predict import Predictor
+from sam3jax.tensor_file import FileError
+
+NAME = f"{SHIPPED}tiny_shapes"
+
+
+def test_it_is_small_narrow_and_says_how_it_was_trained():
+    folder = open_model_folder(NAME)
+    assert sum(f.stat().st_size for f in locate(NAME).iterdir()) <= 4_000_000
+    assert {np.dtype(t.dtype) for t in folder.leaves.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    first, *runs = folder.source["trained"]
+    assert first["made by"] == "python -m scripts.pretrain_shapes"
+    assert first["steps"] > 1000
+    assert all(run["settings"]["data"]["shapes_concepts"] == "seen" for run in runs)
+    assert runs[-1]["validation"]["segm/AP50"] > 0.5
+
+
+def test_it_finds_and_masks_what_it_was_taught_on_pictures_it_has_not_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAM3JAX_CACHE", str(tmp_path))
+    config = parse_config(
+        {
+            "init": NAME,
+            "data": {"train": "shapes", "shapes_concepts": "seen", "shapes_valid": 12},
+            "evaluation": {"batch_size": 4},
+        }
+    )
+    base = load_base(config)
+    data = shapes_dataset("test", config.data)
+    phrases = vocabulary(config.data, data)
+    loader = make_eval_loader(
+        data, phrases, tokenize(phrases, base.tokenizer), base.config, targets=False
+    )
+    detector = Detector(Sam3(base.config.model), config.evaluation)
+    found = evaluate.evaluate_dataset(
+        detector, {"params": base.params}, loader, data, config.evaluation
+    )
+    assert found.metrics["segm/AP50"] > 0.5
+    assert found.metrics["false_alarms"] < 0.1
+    # And through the face of notebooks, with the same weights.
+    predictor = Predictor.from_model_folder(NAME)
+    record = next(r for r in data.images if r.annotations)
+    predictor.set_image(record.file)
+    phrase = data.categories[record.annotations[0].category_id]
+    assert len(predictor.predict(phrase, threshold=0.0).scores)
+
+
+def test_a_name_that_is_not_shipped_is_an_error_that_names_what_is():
+    with pytest.raises(FileError, match=r"shipped:nothing is not shipped.*shipped:tiny_shapes"):
+        open_model_folder("shipped:nothing")
+    assert is_model_folder(NAME)
+    assert json.loads((locate(NAME) / "config.json").read_text())["version"] == 1
