@@ -17,9 +17,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from sam3jax.checkpoint import load_run
+from sam3jax.checkpoint import load_base
 from sam3jax.config import Config, load_config
-from sam3jax.lora import merge_lora
 from sam3jax.model_folder import is_model_folder, open_model_folder, save_model_folder
 
 
@@ -34,17 +33,14 @@ def record(start: str | None) -> list[dict[str, Any]]:
     summary = json.loads((path / "summary.json").read_text())
     told = {
         "made by": "python -m sam3jax.train",
-        "settings": _chosen(config),
+        "settings": _without_defaults(
+            config.model_dump(mode="json", exclude={"init", "output", "model"}),
+            Config().model_dump(mode="json"),
+        ),
         "step_seconds_median": summary["step_seconds_median"],
         "validation": summary["best"] or summary["final"],
     }
     return [*record(config.init), told]
-
-
-def _chosen(config: Config) -> dict[str, Any]:
-    """The settings that are not the defaults; folders of this computer left out."""
-    chosen = config.model_dump(mode="json", exclude_unset=True, exclude={"init", "output", "model"})
-    return _without_defaults(chosen, Config().model_dump(mode="json"))
 
 
 def _without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -64,16 +60,12 @@ def main() -> None:
     parser.add_argument("--run", required=True, type=Path, help="run folder")
     parser.add_argument("--out", required=True, type=Path, help="model folder to write")
     options = parser.parse_args()
-    run = load_run(options.run)
-    variables = jax.device_get(run.variables)
-    params = variables["params"]
-    if "lora" in variables:
-        params = jax.device_get(merge_lora(params, variables["lora"], variables["lora_scale"]))
-    narrow = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
-    source = {"trained": record(str(options.run)), "step": run.step, "jax": jax.__version__}
-    save_model_folder(options.out, run.config.model, narrow, run.tokenizer, source=source)
+    base = load_base(Config(init=str(options.run)))
+    narrow = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), base.params)
+    source = {"trained": record(str(options.run)), "jax": jax.__version__}
+    save_model_folder(options.out, base.config.model, narrow, base.tokenizer, source=source)
     size = sum(f.stat().st_size for f in options.out.iterdir())
-    print(f"{options.out}: {size:,} bytes, step {run.step}")
+    print(f"{options.out}: {size:,} bytes")
 
 
 if __name__ == "__main__":

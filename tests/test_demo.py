@@ -24,7 +24,7 @@ def overrides(**settings) -> list[str]:
 def one_device(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     monkeypatch.setenv("SAM3JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo, "OLD_PICTURES", 3)
+    monkeypatch.setattr(demo, "PICTURES", {demo.NEW: 4, demo.OLD: 3})
 
 
 def test_the_demo_starts_from_a_base_and_writes_its_table_and_picture(one_device, tmp_path, capsys):
