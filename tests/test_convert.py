@@ -101,18 +101,29 @@ def test_a_truncated_safetensors_file_is_named(tmp_path, tensors, capsys, part):
     assert "cut short" in convert(capsys, tmp_path / "cut.safetensors", tmp_path / "out")
 
 
+NO_WEIGHTS = [
+    (b"", "empty"),
+    (b"<!DOCTYPE html><html>log in</html>", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+]
+
+
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("name", "content", "sentence"),
     [
-        (b"", "empty"),
-        (b"<!DOCTYPE html><html>log in</html>", "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        (b"PNG and more of it, no archive", "no zip archive"),
+        *(("x.pt", *case) for case in NO_WEIGHTS),
+        ("x.pt", b"PNG and more of it, no archive", "no zip archive"),
+        *(("x.safetensors", *case) for case in NO_WEIGHTS),
+        (
+            "x.safetensors",
+            b"a text of somebody else",
+            "not a safetensors file: it begins with no header",
+        ),
     ],
 )
-def test_files_that_are_no_archive_are_named(tmp_path, capsys, content, sentence):
-    (tmp_path / "x.pt").write_bytes(content)
-    assert sentence in convert(capsys, tmp_path / "x.pt", tmp_path / "out")
+def test_files_that_hold_no_weights_are_named(tmp_path, capsys, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    assert sentence in convert(capsys, tmp_path / name, tmp_path / "out")
 
 
 def test_other_archives_and_folders_are_named(tmp_path, capsys, checkpoint):

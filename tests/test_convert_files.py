@@ -359,20 +359,6 @@ def test_kinds_of_tensors_without_a_place_are_named(tmp_path, tensors, capsys, m
     assert "damaged" not in said
 
 
-@pytest.mark.parametrize(
-    ("data", "sentence"),
-    [
-        (b"", "empty"),
-        (b"<!DOCTYPE html><html>log in</html>", "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        (b"a text of somebody else", "not a safetensors file: it begins with no header"),
-    ],
-)
-def test_safetensors_files_that_are_none_are_named(tmp_path, capsys, data, sentence):
-    (tmp_path / "x.safetensors").write_bytes(data)
-    assert sentence in refused(capsys, "inspect", tmp_path / "x.safetensors")
-
-
 def test_an_archive_named_safetensors_is_named(tmp_path, checkpoint, capsys):
     checkpoint.rename(tmp_path / "x.safetensors")
     assert "rename it to end in .pt" in refused(capsys, "inspect", tmp_path / "x.safetensors")
