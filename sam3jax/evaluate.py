@@ -25,7 +25,7 @@ import numpy as np
 from sam3jax.comparison import compare, summary, write_evaluation, write_json
 from sam3jax.config import EvalConfig
 from sam3jax.data.coco import Dataset
-from sam3jax.data.folders import open_dataset, open_datasets
+from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.loader import EvalBatch, make_eval_loader
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import tokenize, vocabulary

@@ -24,7 +24,7 @@ from PIL import Image
 from sam3jax import draw
 from sam3jax.config import ConfigError, load_config
 from sam3jax.data.coco import Dataset
-from sam3jax.data.folders import open_datasets
+from sam3jax.data.datasets import open_datasets
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.doctor import describe
 from sam3jax.report_page import PAGE

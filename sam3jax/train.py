@@ -19,7 +19,7 @@ import numpy as np
 from sam3jax.checkpoint import Checkpoints, load_base, open_run_folder, start
 from sam3jax.comparison import write_json
 from sam3jax.config import Config, load_config
-from sam3jax.data.folders import open_datasets
+from sam3jax.data.datasets import open_datasets
 from sam3jax.data.loader import make_train_loader
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import balance, tokenize, vocabulary

@@ -20,7 +20,8 @@ from sam3jax.data.coco import (
     require_masks,
     used_categories,
 )
-from sam3jax.data.folders import find_splits, has_split, open_datasets, read_dataset
+from sam3jax.data.datasets import open_datasets
+from sam3jax.data.folders import find_splits, has_split, read_dataset
 from sam3jax.data.pictures import open_rgb, read_picture
 from tests.coco_folders import BOTTLES, annotation, picture, polygon, write
 

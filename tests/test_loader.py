@@ -13,7 +13,8 @@ import pytest
 
 from sam3jax.config import ConfigError, parse_config
 from sam3jax.data.coco import DataError, decode_mask
-from sam3jax.data.folders import open_datasets, read_dataset
+from sam3jax.data.datasets import open_datasets
+from sam3jax.data.folders import read_dataset
 from sam3jax.data.loader import make_eval_loader, make_train_loader
 from sam3jax.data.pictures import read_picture
 from sam3jax.data.prompts import evaluation_shapes, training_shapes, vocabulary

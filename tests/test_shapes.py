@@ -9,7 +9,8 @@ from PIL import Image
 from sam3jax.config import DataConfig, parse_config
 from sam3jax.data import shapes
 from sam3jax.data.coco import DataError, decode_mask, used_categories
-from sam3jax.data.folders import open_datasets, read_dataset
+from sam3jax.data.datasets import open_datasets
+from sam3jax.data.folders import read_dataset
 from sam3jax.data.shape_pictures import COLOURS, SHAPES, draw, outline
 from sam3jax.data.shapes import (
     BASIC,

@@ -13,15 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from sam3jax.config import Config
-from sam3jax.data.coco import (
-    Dataset,
-    load_json,
-    parse_coco,
-    rename_categories,
-    require_masks,
-    used_categories,
-)
+from sam3jax.data.coco import Dataset, load_json, parse_coco
 from sam3jax.data.pictures import DataError, check_pictures
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
@@ -82,43 +74,6 @@ def read_dataset(path: str | Path, split: str = "train", *, check: bool = True) 
     if check:
         check_pictures((i.file, i.width, i.height) for i in dataset.images)
     return _count_unlisted(dataset, file.parent)
-
-
-def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
-    """The training and the validation data of a run; None where there is no validation split.
-
-    `data.train: shapes` is the generated data set. Raises DataError.
-    """
-    data = config.data
-    if data.train is None:
-        raise DataError("no training data: set data.train to a COCO folder, or to shapes")
-    train = open_dataset(config, data.train, data.train_split)
-    if not used_categories(train):
-        raise DataError(
-            f"{train.name} has no usable annotation, so there is no phrase to train: see what was "
-            f"read with python -m sam3jax.doctor {data.train}"
-        )
-    if data.valid is not None:
-        return train, open_dataset(config, data.valid, data.valid_split)
-    if data.train == "shapes" or has_split(data.train, data.valid_split):
-        return train, open_dataset(config, data.train, data.valid_split)
-    return train, None
-
-
-def open_dataset(config: Config, path: str, split: str) -> Dataset:
-    """One split with the configuration's phrases; box-only categories refused where masks train."""
-    if path == "shapes":
-        from sam3jax.data.shapes import shapes_dataset
-
-        return shapes_dataset(split, config.data)
-    dataset = read_dataset(path, split)
-    if config.data.limit is not None:
-        dataset = replace(dataset, images=dataset.images[: config.data.limit])
-    if config.data.phrases:
-        dataset = rename_categories(dataset, config.data.phrases)
-    if config.loss.reads_masks and not config.data.allow_missing_masks:
-        require_masks(dataset)
-    return dataset
 
 
 def _annotation_file(folder: Path) -> Path | None:
