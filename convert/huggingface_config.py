@@ -9,7 +9,7 @@ from typing import Any
 from convert.keymap import PROJECTION
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import ENDS, STARTS
-from sam3jax.tensor_file import FileError
+from sam3jax.files import FileError
 
 # (section, field, setting); `depth` is the number of ViT blocks.
 _STATED = (

@@ -21,8 +21,9 @@ from convert.sizes import rope_tables
 from convert.torch_to_jax import cast
 from convert.weights import LAYOUTS, torch_tensors
 from sam3jax.config import ModelConfig
+from sam3jax.files import FileError, refuse_to_replace, whole
 from sam3jax.model_folder import ModelFolder, is_model_folder
-from sam3jax.tensor_file import FileError, Tensor, refuse_to_replace, stream_tensors, whole
+from sam3jax.tensor_file import Tensor, stream_tensors
 
 _WEIGHTS = "model.safetensors"
 # All that a transformers export can be made of.

@@ -10,8 +10,9 @@ import numpy as np
 from convert.adapters import Adapters, adapters_of
 from convert.weights import flatten
 from sam3jax.config import ConfigError, load_config
+from sam3jax.files import FileError
 from sam3jax.model_folder import ModelFolder, is_model_folder, open_model_folder
-from sam3jax.tensor_file import FileError, Tensor, is_float
+from sam3jax.tensor_file import Tensor, is_float
 
 RUN = "config.yaml"
 

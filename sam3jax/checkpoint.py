@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from sam3jax.config import Config, ConfigError, ModelConfig, dump_config, load_config, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
+from sam3jax.files import make_folder
 from sam3jax.lora import Tree, init_lora, merge_lora
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params
@@ -219,7 +220,8 @@ def best_step(path: Path) -> int | None:
 def open_run_folder(config: Config) -> Path:
     """Make the run folder, or check that the one there may be continued.
 
-    Raises ConfigError where it holds a run that `config` does not continue.
+    Raises ConfigError where it holds a run that `config` does not continue, FileError where it cannot be
+    written to.
     """
     path = Path(config.output)
     file = path / CONFIG
@@ -239,9 +241,9 @@ def open_run_folder(config: Config) -> Path:
                 f"{path} holds a run with other settings ({'; '.join(changed)}): give another output, or "
                 "take the settings back to continue it"
             )
-    elif path.exists() and any(path.iterdir()):
+    elif path.is_dir() and any(path.iterdir()):
         raise ConfigError(f"{path} is not empty and no run folder: give another output")
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     part = file.with_suffix(".part")
     part.write_text(dump_config(config))
     part.replace(file)

@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,6 +36,7 @@ from sam3jax.detector import (
     open_run,
     write_thresholds,
 )
+from sam3jax.files import make_folder
 from sam3jax.metrics import Evaluation, Pair, measure
 from sam3jax.postprocess import Candidates, full_size
 
@@ -192,8 +192,7 @@ def evaluate_command(
     run: LoadedRun, dataset: Dataset, options: argparse.Namespace, *, own_validation: bool
 ) -> dict[str, Any]:
     """Evaluate as the options say and write the files; returns what evaluation.json holds."""
-    output = Path(options.output) if options.output else run.path
-    output.mkdir(parents=True, exist_ok=True)
+    output = make_folder(options.output or run.path)
     probe = open_dataset(run.config, options.probe, options.probe_split) if options.probe else None
     config = run.config.evaluation
     keep = max(detections_to_keep(d, config) for d in (dataset, probe or dataset))

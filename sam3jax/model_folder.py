@@ -22,16 +22,14 @@ import numpy as np
 
 from sam3jax.config import ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.files import FileError, refuse_to_replace, whole
 from sam3jax.tensor_file import (
-    FileError,
     Tensor,
     is_float,
     read_header,
     read_named,
     read_tensors,
-    refuse_to_replace,
     stream_tensors,
-    whole,
 )
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"

@@ -32,6 +32,7 @@ from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.detector import Detector, Variables, open_run
 from sam3jax.draw import Instance, overlay
+from sam3jax.files import make_folder
 from sam3jax.model import Sam3
 from sam3jax.model_folder import load_model_folder
 from sam3jax.postprocess import Detections, full_size
@@ -231,13 +232,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for phrase in options.phrase or [VISUAL]:
             predictor.check_phrase(phrase)
+        output = make_folder(options.output)
     except ValueError as error:
         if type(error) is ValueError:
             raise  # ours are subclasses; a plain one is a defect and keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")

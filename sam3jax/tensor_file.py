@@ -7,19 +7,17 @@ neither bfloat16 nor writing without all tensors in memory; the files are the sa
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from sam3jax.files import FileError, refuse_foreign, whole
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -31,10 +29,6 @@ DTYPES: dict[str, np.dtype] = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-
-
-class FileError(ValueError):
-    """A file cannot be read or written; the message says what was found and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,20 +86,6 @@ def read_named(name: str, tensor: Tensor) -> np.ndarray:
         return tensor.read()
     except FileError as error:
         raise FileError(f"tensor {name}: {error}") from error
-
-
-def refuse_foreign(path: Path) -> None:
-    """Raises FileError where a file is, by its first bytes, what downloads leave instead of tensors."""
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if not head:
-        raise FileError(f"{path} is empty (0 bytes); download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise FileError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b'{"error')):
-        raise FileError(
-            f"{path} is a web page, not a checkpoint: the download needs access to the gated repository"
-        )
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -219,84 +199,3 @@ def stream_tensors(
                     f"{name}: promised {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}"
                 )
             file.write(array.reshape(-1).view(np.uint8).data)
-
-
-def refuse_to_replace(folder: Path, names: Collection[str], what: str) -> None:
-    """Raises FileError where something is at `folder` that is not made of `names` alone.
-
-    what: the kind of folder that may be replaced, for the sentence.
-    """
-    if folder.is_file():
-        raise FileError(f"{folder} is a file, expected the name of a folder: give another --out")
-    if not folder.is_dir():
-        return
-    entries = list(folder.iterdir())
-    foreign = sorted(p.name for p in entries if p.name not in names or p.is_dir())
-    if foreign:
-        raise FileError(
-            f"{folder} exists and is no {what}: it holds {', '.join(foreign[:5])}; give another --out, or remove it"
-        )
-
-
-_CANNOT_WRITE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
-    errno.EINVAL, errno.ELOOP,
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def whole(path: str | Path, size: int = 0) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and renames it onto `path` when all went well.
-
-    Works for files and folders (an existing folder is replaced); a link stays, and what it points to is
-    replaced. Whatever goes wrong, nothing half written stays and an older file is kept.
-    size: bytes about to be written, checked against the disk.
-    Raises FileError where the disk is full or the place cannot be written to.
-    """
-    path = Path(path)
-    target = Path(os.path.realpath(path))
-    if Path.cwd().is_relative_to(target):
-        raise FileError(f"{path} is the folder you are in or one above it: give another --out")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror}; give another --out") from error
-    if size > free:
-        raise FileError(
-            f"the disk is full: {path} needs {size:,} bytes, {free:,} are free in {target.parent}; nothing was written"
-        )
-    try:
-        yield temporary
-        if temporary.is_dir() and target.is_dir():
-            _swap(temporary, target)
-        else:
-            os.replace(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise FileError(
-                f"the disk is full ({error.strerror}) while writing {path}; nothing was kept, make room and run again"
-            ) from error
-        if error.errno in _CANNOT_WRITE:
-            raise FileError(f"cannot write {path}: {error.strerror}; give another --out") from error
-        raise
-    finally:
-        # What cannot be removed could not be written either; the error above says why.
-        with contextlib.suppress(OSError):
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink(missing_ok=True)
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    """Put one folder in the place of another."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    target.rename(old)
-    try:
-        temporary.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)

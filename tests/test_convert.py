@@ -23,8 +23,9 @@ from convert.sizes import HUGGINGFACE_SWITCHES
 from convert.weights import ConversionError, leaf_shapes, unflatten
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
+from sam3jax.files import FileError
 from sam3jax.model_folder import load_model_folder, save_model_folder
-from sam3jax.tensor_file import FileError, Tensor, read_header, write_tensors
+from sam3jax.tensor_file import Tensor, read_header, write_tensors
 
 TINY = ModelConfig(preset="tiny")
 

@@ -136,6 +136,14 @@ def test_a_missing_split_is_one_sentence(run, monkeypatch, capsys):
     assert "holiday" in capsys.readouterr().err
 
 
+def test_an_output_that_is_a_file_is_one_sentence(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+    (tmp_path / "file").write_text("mine")
+    assert evaluate.main(["--run", str(run.path), "--output", str(tmp_path / "file")]) == 2
+    assert "file: there is a file; give another folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def replicated_on(devices: int, tree):
     if jax.device_count() < devices:
         pytest.skip(f"fewer than {devices} devices")

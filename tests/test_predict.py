@@ -231,6 +231,10 @@ def test_overlays_and_coco_json_for_files_globs_and_equal_names(command, tmp_pat
         (["*.jpg", "--phrase", "cat"], "matches no file"),
         (["one.png"], "give --phrase, or --box"),
         (["one.png", "--phrase", "word " * 40], "use fewer words"),
+        (
+            ["one.png", "--phrase", "cat", "--output", "one.png"],
+            "one.png: there is a file; give another",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(
@@ -241,7 +245,7 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     Image.fromarray(photograph(30, 20)).save(tmp_path / "one.png")
     monkeypatch.chdir(tmp_path)
-    assert command(*arguments, "--output", tmp_path / "out") == 2
+    assert command("--output", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert re.search(complaint, error)
     assert error.count("\n") == 1

@@ -13,10 +13,10 @@ from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.data.shapes import shapes_dataset
 from sam3jax.detector import Detector
+from sam3jax.files import FileError
 from sam3jax.model import Sam3
 from sam3jax.model_folder import SHIPPED, is_model_folder, locate, open_model_folder
 from sam3jax.predict import Predictor
-from sam3jax.tensor_file import FileError
 
 NAME = f"{SHIPPED}tiny_shapes"
 

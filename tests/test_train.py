@@ -172,6 +172,14 @@ def test_wrong_inputs_get_one_clear_line_and_leave_nothing_behind(kind, data, tm
     assert not run.exists()
 
 
+def test_an_output_that_is_a_file_stays_as_it_is(data, tmp_path, capsys):
+    file = tmp_path / "run"
+    file.write_text("mine")
+    assert train.main(arguments(data, file)) == 2
+    assert "run: there is a file; give another" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
 def test_a_checkpoint_of_another_size_is_named(data, undisturbed, tmp_path, capsys):
     changes = {"init": undisturbed}
     args = [

@@ -1,0 +1,119 @@
+"""Files and folders on the disk: written whole or not at all, and errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+
+class FileError(ValueError):
+    """A file cannot be read or written; the message says what was found and what to do."""
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made if need be. Raises FileError where there is a file, or no right to write."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "there is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise FileError(f"cannot write to {path}: {why}; give another folder") from error
+    return Path(path)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises FileError where a file is, by its first bytes, what downloads leave instead of tensors."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise FileError(f"{path} is empty (0 bytes); download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise FileError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b'{"error')):
+        raise FileError(
+            f"{path} is a web page, not a checkpoint: the download needs access to the gated repository"
+        )
+
+
+def refuse_to_replace(folder: Path, names: Collection[str], what: str) -> None:
+    """Raises FileError where something is at `folder` that is not made of `names` alone.
+
+    what: the kind of folder that may be replaced, for the sentence.
+    """
+    if folder.is_file():
+        raise FileError(f"{folder} is a file, expected the name of a folder: give another --out")
+    if not folder.is_dir():
+        return
+    entries = list(folder.iterdir())
+    foreign = sorted(p.name for p in entries if p.name not in names or p.is_dir())
+    if foreign:
+        raise FileError(
+            f"{folder} exists and is no {what}: it holds {', '.join(foreign[:5])}; give another --out, or remove it"
+        )
+
+
+_CANNOT_WRITE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EINVAL, errno.ELOOP,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def whole(path: str | Path, size: int = 0) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, and renames it onto `path` when all went well.
+
+    Works for files and folders (an existing folder is replaced); a link stays, and what it points to is
+    replaced. Whatever goes wrong, nothing half written stays and an older file is kept.
+    size: bytes about to be written, checked against the disk.
+    Raises FileError where the disk is full or the place cannot be written to.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    if Path.cwd().is_relative_to(target):
+        raise FileError(f"{path} is the folder you are in or one above it: give another --out")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror}; give another --out") from error
+    if size > free:
+        raise FileError(
+            f"the disk is full: {path} needs {size:,} bytes, {free:,} are free in {target.parent}; nothing was written"
+        )
+    try:
+        yield temporary
+        if temporary.is_dir() and target.is_dir():
+            _swap(temporary, target)
+        else:
+            os.replace(temporary, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise FileError(
+                f"the disk is full ({error.strerror}) while writing {path}; nothing was kept, make room and run again"
+            ) from error
+        if error.errno in _CANNOT_WRITE:
+            raise FileError(f"cannot write {path}: {error.strerror}; give another --out") from error
+        raise
+    finally:
+        # What cannot be removed could not be written either; the error above says why.
+        with contextlib.suppress(OSError):
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Put one folder in the place of another."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
