@@ -1,25 +1,29 @@
 """Run folders and their checkpoints. The one file that touches orbax.
 
 A checkpoint holds what changes: trained weights, optimizer state, step, and where the data stand.
-The frozen base is not in it: it is read again from `init`, or drawn again from the seed.
+The frozen base is not in it: it is read again from `init`, or drawn again from the seed. base.json
+tells whether what `init` names is still what the run started from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from sam3jax.config import Config, ConfigError, ModelConfig, dump_config, load_config, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
-from sam3jax.files import make_folder
+from sam3jax.files import make_folder, write_json, write_text
 from sam3jax.lora import Tree, init_lora, merge_lora
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params
@@ -28,7 +32,7 @@ from sam3jax.optim import build_optimizer
 from sam3jax.train_step import TrainState, init_state
 from sam3jax.trainable import merge, multipliers, split
 
-CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+CONFIG, BASE, CHECKPOINTS = "config.yaml", "base.json", "checkpoints"
 # What a run may change when it continues; anything else would make it another run.
 MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "keep", "evaluation", "output", "resume"}  # fmt: skip
 # What a user sets of a model that is read from a folder; its sizes come with it.
@@ -92,7 +96,10 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder in memory. variables: tuned; base_variables: where it began; step: of `variables`."""
+    """A run folder in memory. variables: tuned; base_variables: where it began; step: of `variables`.
+
+    fingerprint: of the tuned weights and the base behind them.
+    """
 
     config: Config
     model: Sam3
@@ -100,15 +107,17 @@ class Run:
     base_variables: Tree
     tokenizer: Tokenizer
     step: int
+    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What a run starts from. params: float32 arrays."""
+    """What a run starts from. params: float32 arrays; fingerprint: equal where the weights are."""
 
     config: Config
     params: Tree
     tokenizer: Tokenizer
+    fingerprint: str
 
 
 def load_base(config: Config) -> Base:
@@ -126,7 +135,7 @@ def load_base(config: Config) -> Base:
         tokenizer = Tokenizer(
             build_byte_tokenizer(config.model.vocab_size), config.model.text_length
         )
-        return Base(config, init_params(config.model, config.seed), tokenizer)
+        return Base(config, init_params(config.model, config.seed), tokenizer, "noise")
     path = Path(config.init)
     if (path / CONFIG).is_file() and not is_model_folder(path):
         run = load_run(path)
@@ -134,10 +143,35 @@ def load_base(config: Config) -> Base:
         params = variables["params"]
         if "lora" in variables:
             params = jax.device_get(merge_lora(params, variables["lora"], variables["lora_scale"]))
-        return Base(_with_sizes(config, run.config.model, path), params, run.tokenizer)
+        found = _with_sizes(config, run.config.model, path)
+        return Base(found, params, run.tokenizer, run.fingerprint)
     config = _with_sizes(config, open_model_folder(path).config, path)
     _, params, tokenizer = load_model_folder(path, dtype=np.float32)
-    return Base(config, params, tokenizer)
+    return Base(config, params, tokenizer, fingerprint(params))
+
+
+def fingerprint(tree: Tree, behind: str = "") -> str:
+    """Hexadecimal digits that are equal where all arrays of a tree are, on every machine.
+
+    behind: what else they stand for, such as the fingerprint of the weights below adapters.
+    """
+    told = hashlib.sha256(behind.encode())
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data)  # twice the pace of a sha256
+        told.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} {checksum}".encode())
+    return told.hexdigest()[:32]
+
+
+def check_base(run: Path, base: Base) -> None:
+    """Raises ConfigError where `init` no longer holds the weights that the run started from."""
+    file = run / BASE
+    began = json.loads(file.read_text())["fingerprint"] if file.is_file() else base.fingerprint
+    if began != base.fingerprint:
+        raise ConfigError(
+            f"{run} was trained from other weights than {base.config.init} holds now (fingerprint {began} in its "
+            f"{BASE}, found {base.fingerprint}): put those back, or train again into another output"
+        )
 
 
 def _with_sizes(config: Config, found: ModelConfig, path: Path) -> Config:
@@ -182,6 +216,7 @@ def load_run(path: str | Path, *, step: int | None = None) -> Run:
             f"{path} is no run folder: expected {CONFIG}, written by python -m sam3jax.train"
         )
     base = load_base(load_config(path / CONFIG))
+    check_base(path, base)
     config = base.config
     trainable, frozen = start(base)
     optimizer = build_optimizer(config, trainable, multipliers(trainable, frozen, config))
@@ -203,6 +238,7 @@ def load_run(path: str | Path, *, step: int | None = None) -> Run:
     return Run(
         config=config, model=Sam3(config.model), variables=merge(tuned, frozen),
         base_variables=_base_variables(base, trainable, frozen), tokenizer=base.tokenizer, step=step,
+        fingerprint=fingerprint(jax.device_get(tuned), base.fingerprint),
     )  # fmt: skip
 
 
@@ -217,20 +253,35 @@ def best_step(path: Path) -> int | None:
     return json.loads(file.read_text())["step"] if file.is_file() else None
 
 
-def open_run_folder(config: Config) -> Path:
+def open_run_folder(base: Base) -> Path:
     """Make the run folder, or check that the one there may be continued.
 
-    Raises ConfigError where it holds a run that `config` does not continue, FileError where it cannot be
-    written to.
+    The first process does; the others wait for its word. Raises ConfigError where the folder holds a
+    run that `base` and its configuration do not continue, FileError where it cannot be written to.
     """
-    path = Path(config.output)
+    path, wrong = Path(base.config.output), None
+    if jax.process_index() == 0:
+        try:
+            _open_run_folder(path, base)
+        except ValueError as error:
+            wrong = error
+    if wrong is not None and jax.process_count() == 1:
+        raise wrong
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
+        np.array(wrong is not None)
+    ):
+        raise wrong or ConfigError(f"{path} cannot be used; the first process says why")
+    return path
+
+
+def _open_run_folder(path: Path, base: Base) -> None:
     file = path / CONFIG
     if file.is_file():
-        if not config.resume:
+        if not base.config.resume:
             raise ConfigError(
                 f"{path} holds a run already and resume is false: give another output, or remove the folder"
             )
-        old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(file), config))
+        old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(file), base.config))
         changed = [
             f"{k} {old.get(k)} -> {v}"
             for k, v in new.items()
@@ -241,13 +292,12 @@ def open_run_folder(config: Config) -> Path:
                 f"{path} holds a run with other settings ({'; '.join(changed)}): give another output, or "
                 "take the settings back to continue it"
             )
+        check_base(path, base)
     elif path.is_dir() and any(path.iterdir()):
         raise ConfigError(f"{path} is not empty and no run folder: give another output")
     make_folder(path)
-    part = file.with_suffix(".part")
-    part.write_text(dump_config(config))
-    part.replace(file)
-    return path
+    write_text(file, dump_config(base.config))
+    write_json(path / BASE, {"init": base.config.init, "fingerprint": base.fingerprint})
 
 
 def _flat(tree: dict[str, Any], start: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from sam3jax import draw
 from sam3jax.data.coco import Dataset
 from sam3jax.data.pictures import open_rgb
+from sam3jax.files import write_json
 from sam3jax.metrics import Evaluation
 
 _SHOWN = 8  # pictures of a comparison
@@ -106,10 +106,3 @@ def draw_comparison(
             parts.append((f"{name}: F1 {score:.2f}", found))
         sheet = draw.panels(image, parts, title=record.file.name)
         sheet.save(folder / f"{number:02}_{record.file.stem[:60]}.png")
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None))
-    part.replace(file)

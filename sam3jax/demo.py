@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from sam3jax import draw
-from sam3jax.comparison import write_json
 from sam3jax.config import load_config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.pictures import open_rgb
 from sam3jax.data.shapes import shapes_dataset
 from sam3jax.detector import Detector, LoadedRun, open_run
 from sam3jax.evaluate import detections_to_keep, evaluate_run
+from sam3jax.files import write_json
 from sam3jax.metrics import Evaluation
 from sam3jax.train import train
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sam3jax.config import Config, EvalConfig
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.files import write_json
 from sam3jax.model import Sam3
 from sam3jax.postprocess import Candidates, top_candidates
 from sam3jax.types import Batch, ImageFeatures, Prompts, TextFeatures
@@ -66,7 +67,7 @@ def read_thresholds(run: str | Path) -> dict[str, float]:
 
 
 def write_thresholds(run: str | Path, thresholds: Mapping[str, float]) -> None:
-    (Path(run) / THRESHOLDS_FILE).write_text(json.dumps(dict(thresholds), indent=1))
+    write_json(Path(run) / THRESHOLDS_FILE, dict(thresholds))
 
 
 class Detector:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3jax.comparison import compare, summary, write_evaluation, write_json
+from sam3jax.comparison import compare, summary, write_evaluation
 from sam3jax.config import EvalConfig
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
@@ -36,7 +36,7 @@ from sam3jax.detector import (
     open_run,
     write_thresholds,
 )
-from sam3jax.files import make_folder
+from sam3jax.files import make_folder, write_json
 from sam3jax.metrics import Evaluation, Pair, measure
 from sam3jax.postprocess import Candidates, full_size
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 
 class FileError(ValueError):
@@ -22,6 +24,18 @@ def make_folder(path: str | Path) -> Path:
         why = "there is a file" if isinstance(error, FileExistsError) else error.strerror
         raise FileError(f"cannot write to {path}: {why}; give another folder") from error
     return Path(path)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all; indented where it is an object."""
+    write_text(file, json.dumps(content, indent=1 if isinstance(content, dict) else None))
 
 
 def refuse_foreign(path: Path) -> None:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from sam3jax.files import write_text
+
 
 class RunLog:
     """The log of a run that continues at `step`: lines beyond it, of steps taken again, are dropped.
@@ -41,9 +43,7 @@ class RunLog:
         if file.is_file():
             lines = file.read_text().splitlines()
             kept = [line for line in lines if _step(line) is not None and _step(line) <= step]
-            part = file.with_suffix(".part")
-            part.write_text("".join(f"{line}\n" for line in kept))
-            part.replace(file)
+            write_text(file, "".join(f"{line}\n" for line in kept))
         self._file = file.open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._bar.start()

@@ -32,7 +32,7 @@ from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.detector import Detector, Variables, open_run
 from sam3jax.draw import Instance, overlay
-from sam3jax.files import make_folder
+from sam3jax.files import make_folder, write_text
 from sam3jax.model import Sam3
 from sam3jax.model_folder import load_model_folder
 from sam3jax.postprocess import Detections, full_size
@@ -288,9 +288,7 @@ def predict_files(
             predictor.draw(found).save(output / _free_name(file, names))
         counts = ", ".join(f"{len(d)} {phrase}" for phrase, d in found.items())
         print(f"[{number}/{len(files)}] {file}: {counts}")
-    temporary = output / "predictions.json.part"
-    temporary.write_text(json.dumps(record))
-    temporary.replace(output / "predictions.json")
+    write_text(output / "predictions.json", json.dumps(record))
     return failed
 
 

@@ -27,6 +27,7 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_datasets
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.doctor import describe
+from sam3jax.files import write_text
 from sam3jax.report_page import PAGE
 
 _PICTURES = 4  # best, worst and most different, each
@@ -78,9 +79,7 @@ def write_report(run: str | Path, datasets: Mapping[str, Dataset] | None = None)
     page = PAGE.format(
         title=title, step=step, data=escape(str(evaluation.get("data", ""))), links=links, body=body
     )
-    part = folder / "report.html.part"
-    part.write_text(page, encoding="utf-8")
-    part.replace(folder / "report.html")
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 

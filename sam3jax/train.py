@@ -17,13 +17,13 @@ import jax
 import numpy as np
 
 from sam3jax.checkpoint import Checkpoints, load_base, open_run_folder, start
-from sam3jax.comparison import write_json
-from sam3jax.config import Config, load_config
+from sam3jax.config import Config, ConfigError, load_config
 from sam3jax.data.datasets import open_datasets
 from sam3jax.data.loader import make_train_loader
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import balance, tokenize, vocabulary
 from sam3jax.doctor import describe
+from sam3jax.files import write_json
 from sam3jax.log import RunLog
 from sam3jax.optim import build_optimizer, learning_rate
 from sam3jax.report import write_report
@@ -62,7 +62,7 @@ def train(config: Config) -> dict[str, Any]:
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
     loader = make_train_loader(train_data, phrases, tokens, config, **process)
 
-    run = open_run_folder(config)
+    run = open_run_folder(base)
     chief = jax.process_index() == 0
     checkpoints = Checkpoints(run, config)
     state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
@@ -166,14 +166,38 @@ def _peak_memory() -> float:
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9  # fmt: skip
 
 
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other processes of a run, before jax is used. Raises ConfigError."""
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot join other processes ({error}): give --coordinator HOST:PORT, --num-processes and "
+            f"--process-id, or start under a cluster that jax knows"
+        ) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sam3jax.train", description="Train a SAM 3 detector."
     )
     parser.add_argument("--config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    hosts = parser.add_argument_group(
+        "many hosts", "the same command on each; the run folder on a disk that all of them see"
+    )
+    hosts.add_argument(
+        "--distributed",
+        action="store_true",
+        help="the cluster (Slurm, MPI, TPU, ...) says the rest",
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    hosts.add_argument("--num-processes", type=int)
+    hosts.add_argument("--process-id", type=int, help="0, 1, ...")
     options = parser.parse_args(arguments)
     try:
+        if options.distributed or options.coordinator:
+            join(options.coordinator, options.num_processes, options.process_id)
         train(load_config(options.config, options.overrides))
     except ValueError as error:
         if type(error) is ValueError:

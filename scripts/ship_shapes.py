@@ -37,6 +37,7 @@ def record(start: str | None) -> list[dict[str, Any]]:
             config.model_dump(mode="json", exclude={"init", "output", "model"}),
             Config().model_dump(mode="json"),
         ),
+        "devices": summary["devices"],
         "step_seconds_median": summary["step_seconds_median"],
         "validation": summary["best"] or summary["final"],
     }

@@ -255,7 +255,7 @@ def run_folder(path: Path, base: Path, **settings) -> dict:
     trainable = jax.tree.map(moved, trainable)
     rates = multipliers(trainable, frozen, started.config)
     optimizer = build_optimizer(started.config, trainable, rates)
-    checkpoint.open_run_folder(started.config)
+    checkpoint.open_run_folder(started)
     saved = checkpoint.Checkpoints(path, started.config)
     saved.save(init_state(trainable, optimizer, False), {}, None)
     saved.close()

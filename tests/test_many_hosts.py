@@ -1,0 +1,91 @@
+"""The training command in two processes, as on two hosts, against one process with two devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sam3jax import train
+from sam3jax.data.shapes import write_shapes
+from tests.batches import DECODER, SMALL_MODEL
+
+SETTINGS = {
+    "batch_size": 4, "save_every": 2, "log_every": 1, "eval_every": 2, "lora.targets": list(DECODER),
+    "optim.learning_rate": 1e-2, "optim.schedule": "constant", "optim.warmup_steps": 1,
+    "evaluation.panels": 1, "evaluation.batch_size": 2,
+    **{f"model.{k}": v for k, v in SMALL_MODEL.items()},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    for seed, (split, pictures) in enumerate({"train": 12, "valid": 5}.items()):
+        write_shapes(folder / split, seed=seed, pictures=pictures, concepts="basic", size=96)
+    return folder
+
+
+def run_processes(count: int, devices: int, cache: Path, arguments: list[str]) -> list[str]:
+    """What each of `count` processes of the training command said; fails where one failed."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = {
+        **os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sam3jax.train", *arguments]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = [
+            "--coordinator",
+            f"localhost:{free.getsockname()[1]}",
+            "--num-processes",
+            str(count),
+        ]
+    running = []
+    for k in range(count):
+        own = [*together, "--process-id", str(k)] if count > 1 else []
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append(subprocess.Popen([*command, *own], env=environment, **pipes))
+    said = [process.communicate(timeout=400)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * count, "\n".join(said)
+    return said
+
+
+def lines(run: Path) -> list[dict]:
+    """What metrics.jsonl says, without what a clock says."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = {"images_per_second", "seconds_left"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+
+
+def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
+    def train_to(steps: int, name: str, count: int, devices: int) -> list[str]:
+        settings = {"output": tmp_path / name, "data.train": data, "steps": steps, **SETTINGS}
+        arguments = [f"{k}={v}" for k, v in settings.items()]
+        return run_processes(count, devices, tmp_path / "cache", arguments)
+
+    train_to(4, "one", count=1, devices=2)
+    first = train_to(2, "two", count=2, devices=1)
+    then = train_to(4, "two", count=2, devices=1)
+    assert "starts at step 0" in first[0]
+    assert "continues at step 2" in then[0]
+    assert "at step" not in first[1] + then[1]  # the first process speaks for all
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["step"] for line in one] == [1, 2, 2, 3, 4, 4]
+    for a, b in zip(one, two, strict=True):
+        assert a.pop("split") == b.pop("split")
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+    assert (tmp_path / "two" / "report.html").is_file()
+
+
+def test_processes_that_cannot_meet_are_one_sentence(capsys):
+    assert train.main(["--coordinator", "localhost:1", "data.train=shapes"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot join other processes")
+    assert "--num-processes" in error
