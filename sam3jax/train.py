@@ -170,7 +170,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     """Join the other processes of a run, before jax is used. Raises ConfigError."""
     try:
         jax.distributed.initialize(coordinator, processes, process)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cannot join other processes ({error}): give --coordinator HOST:PORT, --num-processes and "
             f"--process-id, or start under a cluster that jax knows"

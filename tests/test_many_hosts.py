@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from sam3jax import train
 from sam3jax.data.shapes import write_shapes
 from tests.batches import DECODER, SMALL_MODEL
 
@@ -84,8 +83,11 @@ def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
     assert (tmp_path / "two" / "report.html").is_file()
 
 
-def test_processes_that_cannot_meet_are_one_sentence(capsys):
-    assert train.main(["--coordinator", "localhost:1", "data.train=shapes"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: cannot join other processes")
-    assert "--num-processes" in error
+def test_processes_that_cannot_meet_are_one_sentence():
+    arguments = ["--coordinator", "localhost:1", "data.train=shapes"]
+    command = [sys.executable, "-m", "sam3jax.train", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: cannot join other processes")
+    assert "--num-processes" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
