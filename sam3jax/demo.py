@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # On a CPU two devices train the tiny model in three quarters of one's time. Always two, so that
-    # the table is the same on every machine; accelerators are not concerned.
+    # On a CPU two devices train the tiny model in three quarters of one's time. Always two: another
+    # number adds in another order, and the table differs a little. Accelerators are not concerned.
     jax.config.update("jax_num_cpu_devices", 2)
     sys.exit(main())
