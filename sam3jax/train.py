@@ -168,6 +168,9 @@ def _peak_memory() -> float:
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Join the other processes of a run, before jax is used. Raises ConfigError."""
+    if processes is not None:  # jax itself ends who waits in vain, with a trace from C++
+        where = f"{processes} at {coordinator}"
+        print(f"process {process} of {where}: waiting for the others, up to 5 minutes", flush=True)
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:
