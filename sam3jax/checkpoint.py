@@ -98,7 +98,7 @@ class Checkpoints:
 class Run:
     """A run folder in memory. variables: tuned; base_variables: where it began; step: of `variables`.
 
-    fingerprint: of the tuned weights and the base behind them.
+    trained: what the checkpoint holds of `variables`; base_fingerprint: of the weights below.
     """
 
     config: Config
@@ -107,7 +107,8 @@ class Run:
     base_variables: Tree
     tokenizer: Tokenizer
     step: int
-    fingerprint: str
+    trained: Tree
+    base_fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +144,9 @@ def load_base(config: Config) -> Base:
         params = variables["params"]
         if "lora" in variables:
             params = jax.device_get(merge_lora(params, variables["lora"], variables["lora_scale"]))
-        found = _with_sizes(config, run.config.model, path)
-        return Base(found, params, run.tokenizer, run.fingerprint)
+        # Not of the merged weights: their last bits depend on the machine that merges.
+        known = fingerprint(jax.device_get(run.trained), run.base_fingerprint)
+        return Base(_with_sizes(config, run.config.model, path), params, run.tokenizer, known)
     config = _with_sizes(config, open_model_folder(path).config, path)
     _, params, tokenizer = load_model_folder(path, dtype=np.float32)
     return Base(config, params, tokenizer, fingerprint(params))
@@ -238,7 +240,7 @@ def load_run(path: str | Path, *, step: int | None = None) -> Run:
     return Run(
         config=config, model=Sam3(config.model), variables=merge(tuned, frozen),
         base_variables=_base_variables(base, trainable, frozen), tokenizer=base.tokenizer, step=step,
-        fingerprint=fingerprint(jax.device_get(tuned), base.fingerprint),
+        trained=tuned, base_fingerprint=base.fingerprint,
     )  # fmt: skip
 
 
@@ -265,12 +267,12 @@ def open_run_folder(base: Base) -> Path:
             _open_run_folder(path, base)
         except ValueError as error:
             wrong = error
-    if wrong is not None and jax.process_count() == 1:
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.array(wrong is not None))
+        if failed and wrong is None:
+            wrong = ConfigError(f"{path} cannot be used; the first process says why")
+    if wrong is not None:
         raise wrong
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
-        np.array(wrong is not None)
-    ):
-        raise wrong or ConfigError(f"{path} cannot be used; the first process says why")
     return path
 
 

@@ -199,8 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hosts.add_argument("--process-id", type=int, help="0, 1, ...")
     options = parser.parse_args(arguments)
     try:
-        if options.distributed or options.coordinator:
-            join(options.coordinator, options.num_processes, options.process_id)
+        others = options.coordinator, options.num_processes, options.process_id
+        if options.distributed or others != (None, None, None):
+            join(*others)
         train(load_config(options.config, options.overrides))
     except ValueError as error:
         if type(error) is ValueError:

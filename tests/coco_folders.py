@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sam3jax.data.shapes import write_shapes
+
 BOTTLES = Path(__file__).parents[1] / ".." / "shared" / "data" / "bottles"
 
 
@@ -70,4 +72,11 @@ def write(
         "categories": [{"id": k, "name": n} for k, n in enumerate(categories)],
     }
     (folder / name).write_text(json.dumps(coco))
+    return folder
+
+
+def write_small_shapes(folder: Path, **splits: int) -> Path:
+    """The basic generated shapes at 96 pixels: so many pictures of each split, one seed a split."""
+    for seed, (split, pictures) in enumerate(splits.items()):
+        write_shapes(folder / split, seed=seed, pictures=pictures, concepts="basic", size=96)
     return folder

@@ -76,7 +76,7 @@ def test_a_run_whose_base_was_replaced_is_refused(tmp_path):
     write_model(model, seed=0)
     write_run(run, init=model)
     write_run(second, init=run)
-    before = load_run(second).fingerprint
+    before = load_base(settings(tmp_path, second)).fingerprint
 
     write_model(model, seed=1)
     for folder in (run, second):
@@ -86,7 +86,7 @@ def test_a_run_whose_base_was_replaced_is_refused(tmp_path):
         open_run_folder(load_base(settings(run, model)))
 
     write_model(model, seed=0)
-    assert load_run(second).fingerprint == before
+    assert load_base(settings(tmp_path, second)).fingerprint == before
     open_run_folder(load_base(settings(run, model)))
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sam3jax.data.shapes import write_shapes
 from tests.batches import DECODER, SMALL_MODEL
+from tests.coco_folders import write_small_shapes
 
 SETTINGS = {
     "batch_size": 4, "save_every": 2, "log_every": 1, "eval_every": 2, "lora.targets": list(DECODER),
@@ -24,10 +24,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    for seed, (split, pictures) in enumerate({"train": 12, "valid": 5}.items()):
-        write_shapes(folder / split, seed=seed, pictures=pictures, concepts="basic", size=96)
-    return folder
+    return write_small_shapes(tmp_path_factory.mktemp("data"), train=12, valid=5)
 
 
 def run_processes(count: int, devices: int, cache: Path, arguments: list[str]) -> list[str]:
@@ -40,17 +37,13 @@ def run_processes(count: int, devices: int, cache: Path, arguments: list[str]) -
     command = [sys.executable, "-m", "sam3jax.train", *arguments]
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        together = [
-            "--coordinator",
-            f"localhost:{free.getsockname()[1]}",
-            "--num-processes",
-            str(count),
-        ]
+        address = f"localhost:{free.getsockname()[1]}"
     running = []
     for k in range(count):
-        own = [*together, "--process-id", str(k)] if count > 1 else []
+        own = f"--coordinator {address} --num-processes {count} --process-id {k}".split()
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        running.append(subprocess.Popen([*command, *own], env=environment, **pipes))
+        joined = [*command, *own] if count > 1 else command
+        running.append(subprocess.Popen(joined, env=environment, **pipes))
     said = [process.communicate(timeout=400)[0] for process in running]
     assert [process.returncode for process in running] == [0] * count, "\n".join(said)
     return said
@@ -83,9 +76,9 @@ def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
     assert (tmp_path / "two" / "report.html").is_file()
 
 
-def test_processes_that_cannot_meet_are_one_sentence():
-    arguments = ["--coordinator", "localhost:1", "data.train=shapes"]
-    command = [sys.executable, "-m", "sam3jax.train", *arguments]
+@pytest.mark.parametrize("part", [["--coordinator", "localhost:1"], ["--num-processes", "2"]])
+def test_processes_that_cannot_meet_are_one_sentence(part):
+    command = [sys.executable, "-m", "sam3jax.train", *part, "data.train=shapes"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: cannot join other processes")

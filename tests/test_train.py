@@ -10,19 +10,16 @@ from PIL import Image
 
 from sam3jax import evaluate, train
 from sam3jax.config import dump_config, load_config
-from sam3jax.data.shapes import write_shapes
 from sam3jax.train_step import make_mesh
 from tests.batches import DECODER, SMALL_MODEL
+from tests.coco_folders import write_small_shapes
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    for seed, (split, pictures) in enumerate({"train": 24, "valid": 8}.items()):
-        write_shapes(folder / split, seed=seed, pictures=pictures, concepts="basic", size=96)
-    return folder
+    return write_small_shapes(tmp_path_factory.mktemp("data"), train=24, valid=8)
 
 
 def arguments(data, output, **changes):
