@@ -17,8 +17,8 @@ from convert.torch_to_jax import FLOATS, describe, describe_source, torch_to_jax
 from convert.weights import LAYOUTS, ConversionError
 from sam3jax.config import ConfigError, ModelConfig
 from sam3jax.files import FileError
-from sam3jax.lora import linear_layers
-from sam3jax.model_folder import is_model_folder
+from sam3jax.weights.lora import linear_layers
+from sam3jax.weights.model_folder import is_model_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,8 +16,8 @@ import numpy as np
 from convert.weights import flatten
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError, refuse_to_replace, whole
-from sam3jax.lora import linear_layers
-from sam3jax.tensor_file import Tensor, stream_tensors, to_dtype
+from sam3jax.weights.lora import linear_layers
+from sam3jax.weights.tensor_file import Tensor, stream_tensors, to_dtype
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Adapters = dict[tuple[str, ...], "Adapter"]

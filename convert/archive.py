@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from sam3jax.files import FileError
-from sam3jax.tensor_file import Tensor
+from sam3jax.weights.tensor_file import Tensor
 
 # Where trainers keep the weights among other things.
 _NESTS = ("model", "state_dict", "model_state_dict", "model_state", "module", "ema_model", "params")

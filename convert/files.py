@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.archive import odd_dtypes, read_archive
 from sam3jax.files import FileError, refuse_foreign, whole
-from sam3jax.tensor_file import Tensor, read_header, read_named, stream_tensors
+from sam3jax.weights.tensor_file import Tensor, read_header, read_named, stream_tensors
 
 _SHARD = re.compile(r"^(.*)-\d+-of-(\d+\.\w+)$")
 _TRANSFORMERS = "detr_decoder."  # in a transformers checkpoint, in no other

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from convert.keymap import PROJECTION
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import ENDS, STARTS
 from sam3jax.files import FileError
+from sam3jax.weights.names import PROJECTION
 
 # (section, field, setting); `depth` is the number of ViT blocks.
 _STATED = (

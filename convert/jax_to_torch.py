@@ -22,8 +22,8 @@ from convert.torch_to_jax import cast
 from convert.weights import LAYOUTS, torch_tensors
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError, refuse_to_replace, whole
-from sam3jax.model_folder import ModelFolder, is_model_folder
-from sam3jax.tensor_file import Tensor, stream_tensors
+from sam3jax.weights.model_folder import ModelFolder, is_model_folder
+from sam3jax.weights.tensor_file import Tensor, stream_tensors
 
 _WEIGHTS = "model.safetensors"
 # All that a transformers export can be made of.

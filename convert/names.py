@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from convert import tracker
-from convert.keymap import VIT, dead_entries, templates
 from sam3jax.files import FileError
-from sam3jax.tensor_file import Tensor
+from sam3jax.weights.names import VIT, dead_entries, templates
+from sam3jax.weights.tensor_file import Tensor
 
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # DDP, Lightning, torch.compile
 _ANY_WRAPPERS = f"(?:{'|'.join(map(re.escape, _WRAPPERS))})*"

@@ -18,11 +18,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from convert.huggingface_config import read_huggingface_config
-from convert.keymap import DECODER, FUSION, GEOMETRY, TEXT, VIT, carried_shapes
 from convert.names import huggingface_shapes
 from convert.weights import ConversionError
 from sam3jax.config import PRESETS, ModelConfig
-from sam3jax.tensor_file import Tensor
+from sam3jax.weights.names import DECODER, FUSION, GEOMETRY, TEXT, VIT, carried_shapes
+from sam3jax.weights.tensor_file import Tensor
 
 # What an export to transformers computes differently; its own checkpoints are read with these.
 HUGGINGFACE_SWITCHES = dict(vit_norm_eps=1e-6, geometry_without_boxes=False, clamp_presence=True)

@@ -11,8 +11,8 @@ from convert.adapters import Adapters, adapters_of
 from convert.weights import flatten
 from sam3jax.config import ConfigError, load_config
 from sam3jax.files import FileError
-from sam3jax.model_folder import ModelFolder, is_model_folder, open_model_folder
-from sam3jax.tensor_file import Tensor, is_float
+from sam3jax.weights.model_folder import ModelFolder, is_model_folder, open_model_folder
+from sam3jax.weights.tensor_file import Tensor, is_float
 
 RUN = "config.yaml"
 
@@ -37,7 +37,7 @@ def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
                 f"{path} is neither a model folder (config.json of python -m convert) nor a run folder (config.yaml)"
             )
         return open_model_folder(path), {}
-    from sam3jax.checkpoint import load_run
+    from sam3jax.weights.checkpoints import load_run
 
     run = load_run(path)
     start = load_config(path / RUN).init

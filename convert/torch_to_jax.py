@@ -20,8 +20,8 @@ from convert.weights import ConversionError, flax_tensors, misfits, narrowed, re
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer, build_clip_tokenizer
 from sam3jax.files import FileError
-from sam3jax.model_folder import ModelFolder, is_model_folder, save_model_folder
-from sam3jax.tensor_file import DTYPES, Tensor, is_float
+from sam3jax.weights.model_folder import ModelFolder, is_model_folder, save_model_folder
+from sam3jax.weights.tensor_file import DTYPES, Tensor, is_float
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CLIP_VOCABULARY = 49408

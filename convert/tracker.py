@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from convert.keymap import NECK, NECK_HUGGINGFACE, TABLE
-from sam3jax.tensor_file import Tensor
+from sam3jax.weights.names import NECK, NECK_HUGGINGFACE, TABLE
+from sam3jax.weights.tensor_file import Tensor
 
 OFFICIAL, HUGGINGFACE = "tracker.", "tracker_model."
 NECK_OFFICIAL, NECK_TRANSFORMERS = "backbone.vision_backbone.sam2_convs", "tracker_neck.fpn_layers"

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.keymap import TEXT, Entry, carried_shapes, entries
 from convert.names import (
     CLASS_POSITION,
     common_dtype,
@@ -24,7 +23,8 @@ from convert.names import (
 )
 from sam3jax.config import ModelConfig
 from sam3jax.model.init import parameter_shapes
-from sam3jax.tensor_file import Tensor, is_float
+from sam3jax.weights.names import TEXT, Entry, carried_shapes, entries
+from sam3jax.weights.tensor_file import Tensor, is_float
 
 Path = tuple[str, ...]
 LAYOUTS = ("official", "huggingface")

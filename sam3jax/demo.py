@@ -24,16 +24,16 @@ from typing import Any
 
 import jax
 
-from sam3jax import draw
 from sam3jax.config import load_config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.pictures import open_rgb
 from sam3jax.data.shapes import shapes_dataset
-from sam3jax.detector import Detector, LoadedRun, open_run
 from sam3jax.evaluate import detections_to_keep, evaluate_run
+from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
-from sam3jax.metrics import Evaluation
+from sam3jax.inference.detector import Detector, LoadedRun, open_run
 from sam3jax.train import train
+from sam3jax.viewing import draw
 
 CONFIG = "configs/demo.yaml"
 NEW, OLD = "new", "seen"  # groups of concepts, sam3jax.data.shapes; OLD is what the base was taught

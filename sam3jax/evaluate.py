@@ -21,14 +21,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3jax.comparison import compare, summary, write_evaluation
 from sam3jax.config import EvalConfig
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.loader import EvalBatch, make_eval_loader
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import tokenize, vocabulary
-from sam3jax.detector import (
+from sam3jax.evaluation.comparison import compare, summary, write_evaluation
+from sam3jax.evaluation.metrics import Evaluation, Pair, measure
+from sam3jax.files import make_folder, write_json
+from sam3jax.inference.detector import (
     BatchDetector,
     Detector,
     LoadedRun,
@@ -36,9 +38,7 @@ from sam3jax.detector import (
     open_run,
     write_thresholds,
 )
-from sam3jax.files import make_folder, write_json
-from sam3jax.metrics import Evaluation, Pair, measure
-from sam3jax.postprocess import Candidates, full_size
+from sam3jax.inference.postprocess import Candidates, full_size
 
 __all__ = ["Detector", "Evaluation", "detections_to_keep", "evaluate_dataset", "predict_dataset"]
 

@@ -30,13 +30,13 @@ from sam3jax.data.folders import PICTURES
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
-from sam3jax.detector import Detector, Variables, open_run
-from sam3jax.draw import Instance, overlay
 from sam3jax.files import make_folder, write_text
+from sam3jax.inference.detector import Detector, Variables, open_run
+from sam3jax.inference.postprocess import Detections, full_size
 from sam3jax.model import Sam3
-from sam3jax.model_folder import load_model_folder
-from sam3jax.postprocess import Detections, full_size
 from sam3jax.types import ImageFeatures, Prompts, TextFeatures
+from sam3jax.viewing.draw import Instance, overlay
+from sam3jax.weights.model_folder import load_model_folder
 
 PixelBox = Sequence[float]  # left, top, width, height in the picture's pixels
 

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3jax.checkpoint import Checkpoints, load_base, open_run_folder, start
 from sam3jax.config import Config, ConfigError, load_config
 from sam3jax.data.datasets import open_datasets
 from sam3jax.data.loader import make_train_loader
@@ -24,10 +23,9 @@ from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import balance, tokenize, vocabulary
 from sam3jax.doctor import describe
 from sam3jax.files import write_json
-from sam3jax.log import RunLog
-from sam3jax.optim import build_optimizer, learning_rate
-from sam3jax.report import write_report
-from sam3jax.train_step import (
+from sam3jax.training.log import RunLog
+from sam3jax.training.optim import build_optimizer, learning_rate
+from sam3jax.training.step import (
     encode_vocabulary,
     init_state,
     make_mesh,
@@ -36,8 +34,10 @@ from sam3jax.train_step import (
     put_replicated,
     text_is_trained,
 )
-from sam3jax.trainable import Tree, compact, count, merge, multipliers, without_text_tower
-from sam3jax.validation import Validation
+from sam3jax.training.validation import Validation
+from sam3jax.viewing.report import write_report
+from sam3jax.weights.checkpoints import Checkpoints, load_base, open_run_folder, start
+from sam3jax.weights.trainable import Tree, compact, count, merge, multipliers, without_text_tower
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3jax.config import LossConfig
-from sam3jax.mask_loss import MaskPairs, dice, focal, mask_sums, resize_bilinear
+from sam3jax.losses.masks import MaskPairs, dice, focal, mask_sums, resize_bilinear
 
 QUERIES, TARGETS, TOPK, DIM, LOW, HIGH = 400, 32, 4, 256, 288, 1008
 

@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3jax.config import Config, parse_config
-from sam3jax.lora import init_lora
 from sam3jax.losses import compute_losses
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
-from sam3jax.optim import build_optimizer
-from sam3jax.train_step import init_state, make_mesh, make_train_step
-from sam3jax.trainable import compact, count, multipliers, split, without_text_tower
+from sam3jax.training.optim import build_optimizer
+from sam3jax.training.step import init_state, make_mesh, make_train_step
 from sam3jax.types import Batch, Prompts, Targets, TextFeatures
+from sam3jax.weights.lora import init_lora
+from sam3jax.weights.trainable import compact, count, multipliers, split, without_text_tower
 
 INSTANCES = 3
 
@@ -141,7 +141,7 @@ def parts(config: Config, repeats: int) -> dict[str, float]:
     )
     losses = lambda out: compute_losses(out, batch.targets, batch.prompts.valid, config.loss)[0]
     measure("loss", losses, outputs)
-    from sam3jax.losses import gather_truth, match
+    from sam3jax.losses.detection import gather_truth, match
 
     measure(
         "matching",

@@ -61,7 +61,7 @@ def torch_stage(size: str, work: Path) -> int:
     """Draw the weights, run torch in evaluation and training, keep everything in files."""
     import torch
 
-    from sam3jax.tensor_file import Tensor, write_tensors
+    from sam3jax.weights.tensor_file import Tensor, write_tensors
     from tests import torch_reference as reference
 
     size_ = reference.PUBLISHED if size == "published" else reference.SMALL
@@ -113,9 +113,9 @@ def jax_stage(size: str, work: Path) -> int:
     from sam3jax.config import LossConfig
     from sam3jax.losses import compute_losses
     from sam3jax.model import Sam3
-    from sam3jax.model_folder import load_model_folder
-    from sam3jax.tensor_file import Tensor, write_tensors
     from sam3jax.types import Prompts
+    from sam3jax.weights.model_folder import load_model_folder
+    from sam3jax.weights.tensor_file import Tensor, write_tensors
     from tests.bridge import published, targets
 
     with timed("load"):
@@ -166,7 +166,7 @@ STAGES = {"torch": torch_stage, "convert": convert_stage, "jax": jax_stage}
 
 def report(work: Path, stages: dict[str, dict[str, Any]]) -> str:
     """The comparison as Markdown."""
-    from sam3jax.tensor_file import read_tensors
+    from sam3jax.weights.tensor_file import read_tensors
 
     lines = [HEADER.format(**json.loads((work / "about.json").read_text()))]
     lines += [

@@ -17,9 +17,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from sam3jax.checkpoint import load_base
 from sam3jax.config import Config, load_config
-from sam3jax.model_folder import is_model_folder, open_model_folder, save_model_folder
+from sam3jax.weights.checkpoints import load_base
+from sam3jax.weights.model_folder import is_model_folder, open_model_folder, save_model_folder
 
 
 def record(start: str | None) -> list[dict[str, Any]]:

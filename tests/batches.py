@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from sam3jax.config import Config, ModelConfig, parse_config
-from sam3jax.lora import init_lora
 from sam3jax.model.init import init_params
-from sam3jax.trainable import split
 from sam3jax.types import Batch, Prompts, Targets
+from sam3jax.weights.lora import init_lora
+from sam3jax.weights.trainable import split
 
 SMALL_MODEL = dict(
     preset="tiny", image_size=84, pretrain_image_size=42, window_size=3, vit_dim=32, vit_stages=2,

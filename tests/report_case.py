@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam3jax.comparison import write_evaluation
 from sam3jax.config import Config, dump_config
 from sam3jax.data.coco import Dataset, decode_mask
-from sam3jax.metrics import measure
+from sam3jax.evaluation.comparison import write_evaluation
+from sam3jax.evaluation.metrics import measure
 
 
 def guesses(dataset: Dataset, seed: int, noise: float, miss: float) -> list[dict]:

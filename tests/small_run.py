@@ -9,7 +9,7 @@ import numpy as np
 
 from sam3jax.config import Config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
-from sam3jax.detector import LoadedRun
+from sam3jax.inference.detector import LoadedRun
 from sam3jax.model import Sam3
 from sam3jax.types import Prompts
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sam3jax.model import attention as module
-from sam3jax.train_step import make_mesh
+from sam3jax.training.step import make_mesh
 
 
 def problem(seed, b=3, n=12, s=10, h=2, k=8, bias=False, mask=None):

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam3jax import checkpoint
-from sam3jax.checkpoint import fingerprint, load_base, load_run, open_run_folder
 from sam3jax.config import ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.model.init import init_params
-from sam3jax.model_folder import save_model_folder
-from sam3jax.optim import build_optimizer
-from sam3jax.train_step import init_state
-from sam3jax.trainable import multipliers
+from sam3jax.training.optim import build_optimizer
+from sam3jax.training.step import init_state
+from sam3jax.weights import checkpoints as checkpoint
+from sam3jax.weights.checkpoints import fingerprint, load_base, load_run, open_run_folder
+from sam3jax.weights.model_folder import save_model_folder
+from sam3jax.weights.trainable import multipliers
 from tests.small_run import SIZES
 
 TREE = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "b": np.zeros(3, np.float32)}

@@ -16,8 +16,8 @@ from convert.torch_to_jax import find_tokenizer
 from convert.weights import ConversionError, entries, leaf_shapes, torch_shape, unflatten
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError
-from sam3jax.model_folder import open_model_folder
-from sam3jax.tensor_file import Tensor, read_tensors
+from sam3jax.weights.model_folder import open_model_folder
+from sam3jax.weights.tensor_file import Tensor, read_tensors
 
 TINY = ModelConfig(preset="tiny")
 VIT, TEXT = "backbone.vision_backbone.trunk", "backbone.language_backbone.encoder"

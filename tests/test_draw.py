@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from sam3jax import draw
 from sam3jax.data.coco import Annotation, ImageRecord
-from sam3jax.draw import Instance
+from sam3jax.viewing import draw
+from sam3jax.viewing.draw import Instance
 
 
 def disk(height: int = 480, width: int = 640, at=(300, 200), radius: int = 60) -> Instance:

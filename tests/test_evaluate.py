@@ -19,7 +19,7 @@ from sam3jax import evaluate
 from sam3jax.data.folders import read_dataset
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import vocabulary
-from sam3jax.detector import Detector, _mesh_of, _place, read_thresholds
+from sam3jax.inference.detector import Detector, _mesh_of, _place, read_thresholds
 from sam3jax.predict import Predictor
 from tests.small_run import small_run
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from sam3jax.config import Config, ConfigError, LoraConfig, ModelConfig
-from sam3jax.lora import init_lora, linear_layers, merge_lora
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
-from sam3jax.optim import build_optimizer, learning_rate
-from sam3jax.trainable import count, merge, multipliers, split
+from sam3jax.training.optim import build_optimizer, learning_rate
+from sam3jax.weights.lora import init_lora, linear_layers, merge_lora
+from sam3jax.weights.trainable import count, merge, multipliers, split
 from tests.batches import random_batch, small_config, small_params, small_split
 
 VIT = "backbone.vision_backbone.trunk.blocks"
@@ -59,7 +59,7 @@ def test_adapters_are_as_many_as_counted_by_hand(published_shapes, targets, expe
 
 
 def test_the_published_model_has_the_published_number_of_parameters(published_shapes):
-    from convert.keymap import carried_shapes
+    from sam3jax.weights.names import carried_shapes
 
     live = sum(x.size for x in jax.tree.leaves(published_shapes))
     dead = sum(int(np.prod(s)) for s in carried_shapes(PUBLISHED).values())

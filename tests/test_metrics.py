@@ -13,8 +13,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sam3jax import metrics
 from sam3jax.data.coco import decode_mask, parse_coco
+from sam3jax.evaluation import metrics
 
 BOTTLES = Path(__file__).parents[1] / ".." / "shared" / "data" / "bottles"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from sam3jax import postprocess
+from sam3jax.inference import postprocess
 from sam3jax.types import Detections as Queries
 from sam3jax.types import Outputs
 

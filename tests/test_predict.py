@@ -189,7 +189,7 @@ def test_a_folder_of_a_thousand_with_one_corrupt_file(command, tmp_path, capsys)
 
 
 def test_a_model_folder_predicts_what_its_parameters_say(run, predictor, tmp_path):
-    from sam3jax.model_folder import save_model_folder
+    from sam3jax.weights.model_folder import save_model_folder
 
     folder = tmp_path / "model"
     save_model_folder(folder, run.config.model, run.variables["params"], run.tokenizer)

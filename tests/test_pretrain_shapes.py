@@ -4,10 +4,10 @@ import sys
 
 import numpy as np
 
-from sam3jax.checkpoint import load_base
 from sam3jax.config import parse_config
 from sam3jax.data.transforms import box_of_mask
-from sam3jax.model_folder import open_model_folder
+from sam3jax.weights.checkpoints import load_base
+from sam3jax.weights.model_folder import open_model_folder
 from scripts import pretrain_shapes
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3jax import report
 from sam3jax.data.folders import read_dataset
 from sam3jax.data.pictures import DataError
+from sam3jax.viewing import report
 from tests.report_case import write_run
 
 NAMES = ["red circle", "<b>odd & bold</b>", "a category of a very long name that has to fit"]

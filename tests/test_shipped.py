@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from sam3jax import evaluate
-from sam3jax.checkpoint import load_base
 from sam3jax.config import parse_config
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.data.shapes import shapes_dataset
-from sam3jax.detector import Detector
 from sam3jax.files import FileError
+from sam3jax.inference.detector import Detector
 from sam3jax.model import Sam3
-from sam3jax.model_folder import SHIPPED, is_model_folder, locate, open_model_folder
 from sam3jax.predict import Predictor
+from sam3jax.weights.checkpoints import load_base
+from sam3jax.weights.model_folder import SHIPPED, is_model_folder, locate, open_model_folder
 
 NAME = f"{SHIPPED}tiny_shapes"
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sam3jax import evaluate, train
 from sam3jax.config import dump_config, load_config
-from sam3jax.train_step import make_mesh
+from sam3jax.training.step import make_mesh
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import write_small_shapes
 

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from sam3jax.config import LoraConfig
-from sam3jax.optim import build_optimizer
-from sam3jax.train_step import (
+from sam3jax.training.optim import build_optimizer
+from sam3jax.training.step import (
     encode_vocabulary,
     init_state,
     make_mesh,
@@ -20,7 +20,7 @@ from sam3jax.train_step import (
     put_replicated,
     text_is_trained,
 )
-from sam3jax.trainable import merge, multipliers
+from sam3jax.weights.trainable import merge, multipliers
 from tests.batches import random_batch, small_config, small_split
 
 # Targets per picture and prompt: unequal over devices, the third device has none at all.

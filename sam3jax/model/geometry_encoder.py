@@ -1,7 +1,7 @@
 """The geometry encoder: box exemplars and a class token, encoded against the picture.
 
 Answers to sam3.model.geometry_encoders. Points belong to interactive prompts; their three
-projections reach no output here and are carried beside the model (convert.keymap).
+projections reach no output here and are carried beside the model (sam3jax.weights.names).
 """
 
 from __future__ import annotations

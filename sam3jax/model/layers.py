@@ -49,7 +49,7 @@ def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
 class Linear(nn.Module):
     """y = x W + b, plus an adapter scale * drop(x) A B where the `lora` collection holds one here.
 
-    Collections: `params` {kernel [D, E], bias [E]}; `lora` {a [D, R], b [R, E]}, see sam3jax.lora;
+    Collections: `params` {kernel [D, E], bias [E]}; `lora` {a [D, R], b [R, E]}, see sam3jax.weights.lora;
     `lora_scale` {scale []}, alpha / rank, or 0 where a stacked layer is not adapted, and
     {dropout []} where the adapter's input is dropped out in training.
     """

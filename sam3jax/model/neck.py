@@ -14,7 +14,7 @@ class Neck(nn.Module):
     """ViT features [I, y, x, D] -> levels [I, 4y, 4x, d], [I, 2y, 2x, d], [I, y, x, d].
 
     Torch has a fourth level (half resolution) that is computed and dropped: `convs_3` reaches no
-    output, and its tensors are carried beside the model (convert.keymap).
+    output, and its tensors are carried beside the model (sam3jax.weights.names).
     """
 
     config: ModelConfig

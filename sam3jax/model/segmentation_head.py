@@ -24,7 +24,7 @@ class PixelDecoder(nn.Module):
     """Pyramid, finest first [B, *, *, D] -> [B, 4y, 4x, D], nearest upsampling between.
 
     Torch has a third stage that no output passes through (`conv_layers.2`, `norms.2`): its tensors
-    are carried beside the model (convert.keymap).
+    are carried beside the model (sam3jax.weights.names).
     """
 
     config: ModelConfig

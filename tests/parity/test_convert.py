@@ -12,13 +12,13 @@ pytest.importorskip("sam3", reason="the oracle needs the sam3 package")
 import jax
 
 from convert.__main__ import main
-from sam3jax import checkpoint
 from sam3jax.config import parse_config
 from sam3jax.model import Sam3
-from sam3jax.model_folder import load_model_folder, open_model_folder
-from sam3jax.optim import build_optimizer
-from sam3jax.train_step import init_state
-from sam3jax.trainable import merge, multipliers
+from sam3jax.training.optim import build_optimizer
+from sam3jax.training.step import init_state
+from sam3jax.weights import checkpoints as checkpoint
+from sam3jax.weights.model_folder import load_model_folder, open_model_folder
+from sam3jax.weights.trainable import merge, multipliers
 from tests import torch_reference as reference
 from tests.bridge import inputs, model_config
 from tests.bridge import published as as_published

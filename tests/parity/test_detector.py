@@ -13,10 +13,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("sam3")
 from convert import to_torch
-from convert.keymap import carried_shapes, entries
 from sam3jax.config import LossConfig
 from sam3jax.losses import compute_losses
 from sam3jax.model import Sam3
+from sam3jax.weights.names import carried_shapes, entries
 from tests import bridge
 from tests import torch_reference as reference
 

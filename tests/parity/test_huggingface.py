@@ -19,10 +19,10 @@ from convert.__main__ import main
 from convert.adapters import adapters_of, write_adapter
 from convert.huggingface_config import huggingface_config
 from sam3jax.config import LoraConfig, ModelConfig
-from sam3jax.lora import init_lora
 from sam3jax.model import Sam3
-from sam3jax.model_folder import load_model_folder
 from sam3jax.types import Prompts
+from sam3jax.weights.lora import init_lora
+from sam3jax.weights.model_folder import load_model_folder
 from tests import torch_reference as reference
 from tests.bridge import published
 

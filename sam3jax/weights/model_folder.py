@@ -23,7 +23,7 @@ import numpy as np
 from sam3jax.config import ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import FileError, refuse_to_replace, whole
-from sam3jax.tensor_file import (
+from sam3jax.weights.tensor_file import (
     Tensor,
     is_float,
     read_header,
@@ -38,7 +38,7 @@ NAMES = (CONFIG, TOKENIZER, WEIGHTS, CARRIED)
 FORMAT = "sam3jax model folder"
 VERSION = 1
 SHIPPED = "shipped:"
-_ASSETS = Path(__file__).parent / "assets"
+_ASSETS = Path(__file__).parents[1] / "assets"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,13 +24,13 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from sam3jax.config import Config, ConfigError, ModelConfig, dump_config, load_config, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.files import make_folder, write_json, write_text
-from sam3jax.lora import Tree, init_lora, merge_lora
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params
-from sam3jax.model_folder import is_model_folder, load_model_folder, open_model_folder
-from sam3jax.optim import build_optimizer
-from sam3jax.train_step import TrainState, init_state
-from sam3jax.trainable import merge, multipliers, split
+from sam3jax.training.optim import build_optimizer
+from sam3jax.training.step import TrainState, init_state
+from sam3jax.weights.lora import Tree, init_lora, merge_lora
+from sam3jax.weights.model_folder import is_model_folder, load_model_folder, open_model_folder
+from sam3jax.weights.trainable import merge, multipliers, split
 
 CONFIG, BASE, CHECKPOINTS = "config.yaml", "base.json", "checkpoints"
 # What a run may change when it continues; anything else would make it another run.

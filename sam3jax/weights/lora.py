@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.keymap import Entry, entries
 from sam3jax.config import ConfigError, LoraConfig, ModelConfig
+from sam3jax.weights.names import Entry, entries
 
 Tree = dict[str, Any]
 Path = tuple[str, ...]

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from sam3jax.config import Config
 from sam3jax.losses import breakdown, compute_losses
 from sam3jax.model import Sam3
-from sam3jax.trainable import Tree, merge, touches
 from sam3jax.types import Batch, Outputs, TextFeatures
+from sam3jax.weights.trainable import Tree, merge, touches
 
 AXIS = "data"
 # Pictures and what belongs to them are split over devices; the phrases are everywhere.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sam3jax.config import Config, OptimConfig
-from sam3jax.trainable import Tree, decayed
+from sam3jax.weights.trainable import Tree, decayed
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:

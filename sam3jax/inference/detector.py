@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from sam3jax.config import Config, EvalConfig
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import write_json
+from sam3jax.inference.postprocess import Candidates, top_candidates
 from sam3jax.model import Sam3
-from sam3jax.postprocess import Candidates, top_candidates
 from sam3jax.types import Batch, ImageFeatures, Prompts, TextFeatures
 
 Variables = Any  # {"params": ..., "lora": ...}
@@ -45,7 +45,7 @@ class LoadedRun:
 
 def open_run(path: str | Path) -> LoadedRun:
     """Load a run folder with the thresholds chosen for it."""
-    from sam3jax.checkpoint import load_run
+    from sam3jax.weights.checkpoints import load_run
 
     run = load_run(path)
     return LoadedRun(

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.keymap import NECK, TEXT, VIT, entries
 from sam3jax.config import Config, ModelConfig, OptimConfig
-from sam3jax.lora import Path, Tree, leaf, linear_layers, put, select
+from sam3jax.weights.lora import Path, Tree, leaf, linear_layers, put, select
+from sam3jax.weights.names import NECK, TEXT, VIT, entries
 
 
 def split(params: Tree, lora: Tree, lora_scale: Tree, config: Config) -> tuple[Tree, Tree]:

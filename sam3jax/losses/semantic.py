@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3jax.config import LossConfig
-from sam3jax.mask_loss import bce, dice, focal, interpolation, mask_width, resize_bilinear
+from sam3jax.losses.masks import bce, dice, focal, interpolation, mask_width, resize_bilinear
 from sam3jax.types import Targets
 
 

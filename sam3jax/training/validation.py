@@ -9,20 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3jax.checkpoint import Base, best_step
-from sam3jax.comparison import write_evaluation
 from sam3jax.config import Config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.pictures import DataError
-from sam3jax.detector import Detector, write_thresholds
-from sam3jax.draw import dataset_panel
 from sam3jax.evaluate import detections_to_keep, evaluate_dataset
+from sam3jax.evaluation.comparison import write_evaluation
+from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
-from sam3jax.log import RunLog
-from sam3jax.metrics import Evaluation
+from sam3jax.inference.detector import Detector, write_thresholds
 from sam3jax.model import Sam3
-from sam3jax.trainable import Tree, merge
+from sam3jax.training.log import RunLog
+from sam3jax.viewing.draw import dataset_panel
+from sam3jax.weights.checkpoints import Base, best_step
+from sam3jax.weights.trainable import Tree, merge
 
 
 class Validation:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3jax import draw
 from sam3jax.data.coco import Dataset
 from sam3jax.data.pictures import open_rgb
+from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
-from sam3jax.metrics import Evaluation
+from sam3jax.viewing import draw
 
 _SHOWN = 8  # pictures of a comparison
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from sam3jax.boxes import cxcywh_to_xyxy, giou, iou
 from sam3jax.config import LossConfig
-from sam3jax.mask_loss import MaskPairs, bce, focal, mask_sums, power
+from sam3jax.losses.masks import MaskPairs, bce, focal, mask_sums, power
+from sam3jax.losses.semantic import semantic_losses
+from sam3jax.losses.truth import Truth, gather_truth, visible
 from sam3jax.matching import hungarian, match_cost, match_one_to_many
-from sam3jax.semantic_loss import semantic_losses
-from sam3jax.truth import Truth, gather_truth, visible
 from sam3jax.types import Detections, Outputs, Targets
 
 KINDS = {

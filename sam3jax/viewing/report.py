@@ -1,0 +1,367 @@
+"""report.html of a run folder: one file that opens anywhere, without network.
+
+Reads what lies in the folder and leaves out what does not: metrics.jsonl (curves), evaluation.json,
+predictions.json and base_predictions.json (tables and pictures), summary.json, config.yaml.
+`python -m sam3jax.report RUN` writes it anew.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sam3jax.config import ConfigError, load_config
+from sam3jax.data.coco import Dataset
+from sam3jax.data.datasets import open_datasets
+from sam3jax.data.pictures import DataError, open_rgb
+from sam3jax.doctor import describe
+from sam3jax.files import write_text
+from sam3jax.viewing import draw
+from sam3jax.viewing.page import PAGE
+
+_PICTURES = 4  # best, worst and most different, each
+_POINTS = 400  # of a curve: more cannot be seen
+_TOGETHER = {"cgF1": "concept", "pmF1": "concept", "IL_MCC": "concept",
+             "false_alarms": "false alarms", "false_alarms_empty": "false alarms",
+             "precision": "at the threshold", "recall": "at the threshold"}  # fmt: skip
+_FIRST = ("segm", "bbox", "concept", "at the threshold", "false alarms", "segm by size",
+          "bbox by size", "loss", "loss/final", "loss/auxiliary", "loss/o2m", "rate", "grad_norm",
+          "images_per_second")  # fmt: skip
+_TILES = ("segm/AP", "segm/AP50", "bbox/AP", "cgF1", "recall", "false_alarms")
+_COLUMNS = {"instances": "n", "AP": "AP", "AP50": "AP50", "AP75": "AP75", "precision": "precision",
+            "recall": "recall", "F1": "F1", "false_alarms": "false alarms",
+            "best_threshold": "best threshold"}  # fmt: skip
+
+Series = dict[str, list[tuple[float, float]]]
+
+
+def write_report(run: str | Path, datasets: Mapping[str, Dataset] | None = None) -> Path:
+    """Write report.html into a run folder; returns its path. Raises DataError where it is none.
+
+    datasets: name -> data set for the summary, the evaluated one under "valid"; default: those of
+    the run's config, or a remark where they are no longer there.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise DataError(f"no run folder {folder}: give the folder that training wrote")
+    evaluation = _json(folder / "evaluation.json")
+    remark = ""
+    if datasets is None:
+        datasets, remark = _datasets(folder)
+    sections = [
+        ("Results", _tiles(evaluation) + _base_against_tuned(evaluation)),
+        ("Categories", _categories(evaluation)),
+        ("Curves", _curves(read_curves(folder / "metrics.jsonl"))),
+        ("Pictures", _pictures(folder, evaluation, datasets.get("valid")) or _note(remark)),
+        ("Data", _data(datasets) or _note(remark)),
+        ("Run", _summary(_json(folder / "summary.json"))),
+        ("Configuration", _config(folder / "config.yaml")),
+    ]
+    body = "\n".join(
+        f'<section id="{name.lower()}"><h2>{name}</h2>\n{html}</section>'
+        for name, html in sections
+        if html
+    )
+    links = " ".join(f'<a href="#{name.lower()}">{name}</a>' for name, html in sections if html)
+    step = f", step {evaluation['step']}" if "step" in evaluation else ""
+    title = escape(folder.resolve().name)
+    page = PAGE.format(
+        title=title, step=step, data=escape(str(evaluation.get("data", ""))), links=links, body=body
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def read_curves(file: Path) -> dict[str, Series]:
+    """Chart -> line -> points (step, value), from one JSON object per logged step.
+
+    A resumed run may log a step twice: the later line counts. A last line cut off is left out.
+    """
+    values: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        split = entry.pop("split", "train")
+        step = entry.pop("step", None)
+        for name, value in entry.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if step is not None and number and math.isfinite(value):
+                values[split, name][step] = value
+    charts: dict[str, Series] = defaultdict(dict)
+    for (split, name), points in values.items():
+        chart, line = _place(name)
+        if split != "train" and line in charts[chart]:
+            line = f"{line} ({split})"
+        charts[chart][line] = _thinned(sorted(points.items()))
+    return dict(sorted(charts.items(), key=lambda item: (_rank(item[0]), item[0])))
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(chart, line) of a logged name: loss_ce_aux_0_o2m is line "aux 0 o2m" of chart loss_ce."""
+    prefix, _, last = name.rpartition("/")
+    if prefix in ("segm", "bbox") and "_" in last:
+        return f"{prefix} by size", last
+    if prefix or name in _TOGETHER:
+        return prefix or _TOGETHER[name], last
+    base, layer = re.fullmatch(r"(.+?)((?:_aux_\d+)?(?:_o2m)?)", name).groups()
+    return base, layer.replace("_", " ").strip() or name
+
+
+def _rank(chart: str) -> int:
+    """Place of a chart among those that everybody wants to see; beyond them for the others."""
+    return _FIRST.index(chart) if chart in _FIRST else len(_FIRST)
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about _POINTS of them, first and last kept."""
+    if len(points) <= _POINTS:
+        return points
+    return points[: -1 : -(-len(points) // _POINTS)] + points[-1:]
+
+
+def _curves(charts: Mapping[str, Series]) -> str:
+    drawn: dict[bool, list[str]] = {True: [], False: []}
+    for chart, series in charts.items():
+        values = [v for points in series.values() for _, v in points]
+        wide = chart.startswith("loss") and min(values) > 0 and max(values) > 20 * min(values)
+        for part, lines in enumerate(_split(series)):
+            title = chart if not part else f"{chart} ({part + 1})"
+            if len(lines) == 1 and next(iter(lines)) != title:
+                title = f"{title}: {next(iter(lines))}"
+            svg = draw.curves(lines, title=title, logarithmic=wide)
+            drawn[chart in _FIRST].append(f'<figure class="chart">{svg}</figure>')
+    if not charts:
+        return ""
+    main, others = (f'<div class="charts">{"".join(drawn[k])}</div>' for k in (True, False))
+    if not drawn[False]:
+        return main
+    return f"{main}<details><summary>everything else that was logged</summary>{others}</details>"
+
+
+def _split(series: Series, most: int = 8) -> Iterator[Series]:
+    names = list(series)
+    for start in range(0, len(names), most):
+        yield {name: series[name] for name in names[start : start + most]}
+
+
+def _tiles(evaluation: Mapping[str, Any]) -> str:
+    metrics, base = evaluation.get("metrics", {}), evaluation.get("base", {}).get("metrics", {})
+    tiles = []
+    for name in _TILES:
+        if name in metrics:
+            before = f"<small>base {base[name]:.3f}</small>" if name in base else ""
+            tiles.append(f"<div><span>{name}</span><b>{metrics[name]:.3f}</b>{before}</div>")
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
+    metrics, base = evaluation.get("metrics", {}), evaluation.get("base", {}).get("metrics", {})
+    if not metrics:
+        return ""
+    rows = []
+    for name, value in metrics.items():
+        row = [name, _number(value)]
+        if base:
+            row[1:1] = [_number(base.get(name))]
+            row.append(_change(base.get(name), value, worse_is_more="false" in name))
+        rows.append(row)
+    head = (
+        ["metric", "base", "tuned", "change"] if base else ["metric", evaluation.get("weights", "")]
+    )
+    return _table(head, rows)
+
+
+def _categories(evaluation: Mapping[str, Any]) -> str:
+    rows = evaluation.get("per_category", ())
+    if not rows:
+        return ""
+    kind = "segm" if any("segm/AP" in row for row in rows) else "bbox"
+    base = {row["category"]: row for row in evaluation.get("base", {}).get("per_category", ())}
+    head = ["category", *_COLUMNS.values(), *(["base AP", "change"] if base else [])]
+    table = []
+    for row in sorted(rows, key=lambda r: -r.get(f"{kind}/AP", -1.0)):
+        cells = [escape(row["category"])]
+        cells += [_number(row.get(f"{kind}/{key}", row.get(key))) for key in _COLUMNS]
+        if base:
+            before = base.get(row["category"], {}).get(f"{kind}/AP")
+            cells += [_number(before), _change(before, row.get(f"{kind}/AP"))]
+        table.append(cells)
+    what = "masks" if kind == "segm" else "boxes"
+    return _table(head, table) + _note(f"AP of {what}; precision, recall, F1 at IoU .5.")
+
+
+def _pictures(folder: Path, evaluation: Mapping[str, Any], dataset: Dataset | None) -> str:
+    scored = evaluation.get("pictures", ())
+    if dataset is None or not scored:
+        return ""
+    tuned = _by_picture(_json(folder / "predictions.json", []))
+    base = _by_picture(_json(folder / "base_predictions.json", []))
+    threshold = evaluation.get("threshold", 0.5)
+    worst = scored[:_PICTURES]
+    best = [p for p in reversed(scored) if p not in worst][:_PICTURES]
+    changed = evaluation.get("compare", {}).get("pictures", ())
+    blocks = []
+    for title, chosen in (
+        ("Best", best),
+        ("Worst", worst),
+        ("Where base and tuned differ most", changed[:_PICTURES]),
+    ):
+        drawn = [_picture(p, dataset, tuned, base, threshold) for p in chosen]
+        if any(drawn):
+            blocks.append(f"<h3>{title}</h3>{''.join(drawn)}")
+    return "".join(blocks)
+
+
+def _picture(
+    scored: Mapping[str, Any],
+    dataset: Dataset,
+    tuned: Mapping[Any, Sequence],
+    base: Mapping[Any, Sequence],
+    threshold: float,
+) -> str:
+    """truth, base where there is one, tuned: images of their own, so that a narrow window stacks them."""
+    record = next((i for i in dataset.images if i.id == scored["id"]), None)
+    if record is None:
+        return ""
+    try:
+        image = open_rgb(record.file, (record.width, record.height))
+    except DataError as error:
+        return _note(str(error))
+    names = dataset.categories
+    parts = [("truth", draw.true_instances(record, names))]
+    if base:
+        found = draw.found_instances(base.get(record.id, ()), names, threshold)
+        parts.append(("base", found))
+    parts.append(("tuned", draw.found_instances(tuned.get(record.id, ()), names, threshold)))
+    figures = "".join(
+        f'<figure><img loading="lazy" alt="{name}" '
+        f'src="{_inline(draw.colour_like(parts[0][1], instances), image)}">'
+        f"<figcaption>{name}: {len(instances)}</figcaption></figure>"
+        for name, instances in parts
+    )
+    change = f" (base {scored['base']:.2f})" if "base" in scored else ""
+    title = f"{escape(record.file.name)} · F1 {scored['F1']:.2f}{change}"
+    return f'<div class="picture"><h4>{title}</h4><div class="parts">{figures}</div></div>'
+
+
+def _inline(instances: Sequence[draw.Instance], image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    drawn = draw.overlay(image, instances, smallest=480, largest=480)
+    drawn.save(buffer, "JPEG", quality=82, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _data(datasets: Mapping[str, Dataset]) -> str:
+    blocks = []
+    for name, dataset in datasets.items():
+        lines = escape("\n".join(describe(dataset)))
+        blocks.append(f"<h3>{escape(name)}: {escape(dataset.name)}</h3><pre>{lines}</pre>")
+    return "".join(blocks)
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+    rows = [[escape(name), _number(value)] for name, value in _flat(summary)]
+    return (
+        f"<details open><summary>summary.json</summary>{_table(['', ''], rows)}</details>"
+        if rows
+        else ""
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name} · ")
+        elif not isinstance(value, list):
+            yield f"{prefix}{name}", value
+
+
+def _config(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    text = escape(file.read_text())
+    return f"<details><summary>config.yaml</summary><pre>{text}</pre></details>"
+
+
+def _datasets(folder: Path) -> tuple[dict[str, Dataset], str]:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return {}, ""
+    try:
+        train, valid = open_datasets(load_config(file))
+    except (DataError, ConfigError) as error:
+        return {}, f"The data cannot be read any more: {error}"
+    return {"train": train, **({"valid": valid} if valid is not None else {})}, ""
+
+
+def _by_picture(results: Iterable[Mapping[str, Any]]) -> dict[Any, list[Mapping[str, Any]]]:
+    grouped: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for result in results:
+        grouped[result["image_id"]].append(result)
+    return dict(grouped)
+
+
+def _json(file: Path, default: Any = None) -> Any:
+    if not file.is_file():
+        return {} if default is None else default
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}): run sam3jax.evaluate again") from error
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else escape(str(value))
+    )
+
+
+def _change(before: float | None, after: float | None, *, worse_is_more: bool = False) -> str:
+    if before is None or after is None:
+        return "–"
+    difference = after - before
+    good = difference < 0 if worse_is_more else difference > 0
+    shade = "" if abs(difference) < 5e-4 else ' class="good"' if good else ' class="bad"'
+    return f"<span{shade}>{difference:+.3f}</span>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{name}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>' if text else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m sam3jax.report RUN", file=sys.stderr)
+        return 2
+    try:
+        print(write_report(arguments[0]))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
