@@ -16,7 +16,7 @@ import numpy as np
 from sam3jax.config import DataConfig
 from sam3jax.data.coco import Dataset, used_categories
 from sam3jax.data.folders import ONLY, find_splits, read_dataset
-from sam3jax.data.pictures import DataError, read_header, read_picture
+from sam3jax.data.pictures import DataError, read_picture
 from sam3jax.data.prompts import training_shapes
 
 
@@ -52,7 +52,7 @@ def describe(dataset: Dataset) -> Iterator[str]:
     more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
     yield f"pictures      {len(dataset.images)}, {empty} of them without annotations"
     yield f"sizes         {common}{more}"
-    if turned := sum(read_header(image.file)[1] != 1 for image in dataset.images):
+    if turned := sum((image.orientation or 1) != 1 for image in dataset.images):
         yield f"EXIF          {turned} pictures are stored turned or mirrored; they are read upright"
     masks = Counter(
         "without mask"

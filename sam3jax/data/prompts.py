@@ -246,7 +246,8 @@ def _negatives(
         return []
     candidates = [(names[i], i) for i in _absent(record, list(names))]
     candidates += [(phrase, NO_CATEGORY) for phrase in config.negative_phrases]
-    words = {w for a in record.annotations for w in names[a.category_id].lower().split()}
+    there = (names.get(a.category_id, "") for a in record.annotations)
+    words = {w for name in there for w in name.lower().split()}
     draws = rng.random(len(candidates)) * [
         _LOOK_ALIKE if words & set(phrase.lower().split()) else 1.0 for phrase, _ in candidates
     ]
