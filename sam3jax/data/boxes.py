@@ -44,7 +44,7 @@ def place_box(
     if stated is not None and stated[2] > 0 and stated[3] > 0:
         x, y, w, h = stated
         edges = (x, y, x + w, y + h)
-        if extent is not None and not _fits(edges, extent):
+        if extent is not None and not _fits(edges, extent, width, height):
             ledger.add("box does not fit its own mask (kept)", *where)
         if w < 1 or h < 1:
             ledger.add("box thinner than a pixel (kept)", *where)
@@ -65,9 +65,13 @@ def place_box(
     return (left, top, right - left, bottom - top), outside > 1
 
 
-def _fits(a: Edges, b: Edges) -> bool:
-    slack = 3 + 0.05 * max(b[2] - b[0], b[3] - b[1])
-    return all(abs(p - q) <= slack for p, q in zip(a, b))
+def _fits(box: Edges, extent: Edges, width: int, height: int) -> bool:
+    """Whether the two agree inside the picture: one of them may have been cut at its edge already."""
+    slack = 3 + 0.05 * max(extent[2] - extent[0], extent[3] - extent[1])
+    for a, b, most in zip(box, extent, (width, height, width, height)):
+        if abs(min(max(a, 0), most) - min(max(b, 0), most)) > slack:
+            return False
+    return True
 
 
 class BoxJudge:
@@ -109,15 +113,16 @@ class BoxJudge:
     def _check_masks(
         boxes: np.ndarray, extents: np.ndarray, sizes: np.ndarray, source: str
     ) -> None:
+        extents = _cut(extents, sizes)
         solid = (extents[:, 2:] > extents[:, :2]).all(1)
         boxes, extents, sizes = boxes[solid], extents[solid], sizes[solid]
         if not len(boxes):
             return
-        misfit = _iou(_corners(boxes), extents) < 0.5
+        misfit = _iou(_cut(_corners(boxes), sizes), extents) < 0.5
         if misfit.mean() < _NEARLY_ALL:
             return
         for name, edges in _readings(boxes, sizes).items():
-            if (_iou(edges, extents) > 0.7).mean() >= _NEARLY_ALL:
+            if (_iou(_cut(edges, sizes), extents) > 0.7).mean() >= _NEARLY_ALL:
                 raise DataError(
                     f"{source}: {_share(misfit)} boxes do not fit their own masks, and fit them when "
                     f"read as {name}: expected {_COCO}; convert them, or take `bbox` out and boxes "
@@ -171,6 +176,11 @@ def _readings(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
 
 def _corners(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+
+
+def _cut(edges: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Edges at most at those of the picture."""
+    return np.clip(edges, 0, np.concatenate([sizes, sizes], 1))
 
 
 def _inside(edges: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -68,10 +68,19 @@ class Dataset:
 
 
 def used_categories(dataset: Dataset) -> tuple[int, ...]:
-    """Ids of the categories with at least one instance, in increasing order.
+    """Ids of the categories with at least one annotation, crowds included, in increasing order.
 
-    A category without annotations (Roboflow's class 0) is no concept: nobody looked for it. Nor is
-    one of which there are crowds only: no picture shows what one instance is.
+    A category without annotations (Roboflow's class 0) is no concept: nobody looked for it.
+    """
+    seen = {a.category_id for image in dataset.images for a in image.annotations}
+    return tuple(sorted(seen))
+
+
+def trained_categories(dataset: Dataset) -> tuple[int, ...]:
+    """Ids of the categories with at least one instance that is no crowd, in increasing order.
+
+    Where there are crowds only, no picture shows what one instance is: asked in evaluation (what lies
+    on a crowd is not wrong), never in training, where it could only ever be an absence.
     """
     seen = {a.category_id for image in dataset.images for a in image.annotations if not a.iscrowd}
     return tuple(sorted(seen))
