@@ -141,7 +141,7 @@ def _with_headers(
                 found=header.frames,
             )
     return [
-        replace(record, orientation=header.orientation, frames=header.frames)
+        replace(record, orientation=header.orientation, stored=header.size, reading=reading)
         for record, header in zip(records, headers)
     ]
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sam3jax.data.ledger import Ledger
+from sam3jax.data.pictures import DEFAULT, Reading, open_rgb
 from sam3jax.data.segmentations import Polygons, Rle, decode_segmentation
 
 
@@ -34,8 +36,8 @@ class ImageRecord:
 
     negative_ids: the only categories known to be absent (federated data such as LVIS); None: every
     category without an annotation is absent. not_exhaustive_ids: labelled in part only.
-    frame: page or frame of a file with several. orientation, frames: from the file's header, None
-    where nobody has read it.
+    frame: page or frame of a file with several. reading: how its file becomes pixels. orientation,
+    stored: EXIF orientation and (width, height) of the file's header, None where nobody has read it.
     """
 
     id: int
@@ -46,8 +48,14 @@ class ImageRecord:
     negative_ids: frozenset[int] | None = None
     not_exhaustive_ids: frozenset[int] = frozenset()
     frame: int = 0
+    reading: Reading = DEFAULT
     orientation: int | None = None
-    frames: int | None = None
+    stored: tuple[int, int] | None = None
+
+    def open(self) -> Image.Image:
+        """The picture that the annotations refer to, mode RGB. Raises DataError."""
+        size = (self.width, self.height)
+        return open_rgb(self.file, size, frame=self.frame, reading=self.reading)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
