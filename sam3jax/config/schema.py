@@ -292,7 +292,10 @@ class DataConfig(_Section):
     )
     exemplars: int = Field(0, ge=0, description="box exemplars per prompt at most")
     exemplar_probability: float = Field(
-        0.5, ge=0, le=1, description="share of questions that show box exemplars, where exemplars > 0"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of questions that show box exemplars, where exemplars > 0",
     )
     visual_probability: float = Field(
         0.0, ge=0, le=1, description="ask with a box alone (phrase 'visual')"

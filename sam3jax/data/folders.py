@@ -76,7 +76,7 @@ def find_splits(path: str | Path) -> dict[str, Path]:
 
 def has_split(path: str | Path, split: str) -> bool:
     """Whether `split` can be read from `path` as a split of its own."""
-    return _match(find_splits(path), split) is not None
+    return match_split(find_splits(path), split) is not None
 
 
 def read_dataset(
@@ -94,7 +94,7 @@ def read_dataset(
     """
     splits = find_splits(path)
     root = Path(path).expanduser()
-    name = _match(splits, split)
+    name = match_split(splits, split)
     if list(splits) == [ONLY]:
         own = {*_words(root.name), *_words(root.stem), *_words(splits[ONLY].stem)}
         asked = set(_ALIASES.get(split, (split,)))
@@ -188,7 +188,7 @@ def _listed(files: Iterable[Path]) -> str:
     return " and ".join(file.name for file in files)
 
 
-def _match(splits: dict[str, Path], split: str) -> str | None:
+def match_split(splits: dict[str, Path], split: str) -> str | None:
     """The split's name among those found: itself, an alias, or one that holds it as a word."""
     wanted = _ALIASES.get(split, (split,))
     for name in wanted:
