@@ -19,7 +19,8 @@ Box = tuple[float, float, float, float]  # left, top, width, height, pixels
 Edges = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 _NEARLY_ALL = 0.95
-_OVER = 0.3  # share of boxes over the picture's edge from which another convention is looked for
+_OVER = 0.1  # share of boxes over the picture's edge from which another convention is looked for
+_MISFIT = 0.3  # share of boxes that miss their masks from which another convention is looked for
 _IN_PIXELS = 4  # readings, the first ones, that need no mask to be told apart
 _COCO = "left, top, width, height in pixels"
 
@@ -63,6 +64,11 @@ def place_box(
     if outside > 1:
         ledger.add("box reached over the picture's edge (cut)", *where)
     return (left, top, right - left, bottom - top), outside > 1
+
+
+def reaches_over(edges: Edges, width: int, height: int) -> bool:
+    """Whether edges lie outside the picture by more than a pixel."""
+    return edges[0] < -1 or edges[1] < -1 or edges[2] > width + 1 or edges[3] > height + 1
 
 
 def _fits(box: Edges, extent: Edges, width: int, height: int) -> bool:
@@ -119,7 +125,7 @@ class BoxJudge:
         if not len(boxes):
             return
         misfit = _iou(_cut(_corners(boxes), sizes), extents) < 0.5
-        if misfit.mean() < _NEARLY_ALL:
+        if misfit.mean() < _MISFIT:
             return
         for name, edges in _readings(boxes, sizes).items():
             if (_iou(_cut(edges, sizes), extents) > 0.7).mean() >= _NEARLY_ALL:
@@ -128,7 +134,7 @@ class BoxJudge:
                     f"read as {name}: expected {_COCO}; convert them, or take `bbox` out and boxes "
                     f"are taken from the masks"
                 )
-        if len(boxes) > 1:
+        if len(boxes) > 1 and misfit.mean() >= _NEARLY_ALL:
             raise DataError(
                 f"{source}: {_share(misfit)} boxes do not fit their own masks: one of the two belongs "
                 f"to another picture size or another object; export again, or take `bbox` out and "

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from sam3jax.data.boxes import BoxJudge, parse_box, place_box
+from sam3jax.data.boxes import BoxJudge, parse_box, place_box, reaches_over
 from sam3jax.data.ids import key_of
 from sam3jax.data.json_file import load_json, no_collection, sections
 from sam3jax.data.judgements import LEFT_OUT, UNLISTED, judge_crowds, judge_left_out, require_masks
@@ -107,7 +107,6 @@ class _Reader:
             if row is None:
                 ledger.add(UNLISTED, "", id, item["image_id"])
                 return
-            ledger.add("annotation names its picture by file name (read)", "", id)
         record = self._listing.records[row]
         where = (record.file.name, id)
         category = self._categories.find(item["category_id"])
@@ -117,7 +116,12 @@ class _Reader:
                 found = item["category_id"]
                 ledger.add(f"{LEFT_OUT}: its category is not listed", *where, found)
                 return
-            ledger.add("annotation names its category by name (read)", *where)
+        for field, ids in (("image_id", self._listing.ids), ("category_id", self._categories.ids)):
+            # Most are plain numbers; looking up the others costs little.
+            if type(item[field]) is not int and not ids.lists(item[field]):
+                ledger.add(
+                    f"`{field}` is written otherwise than the id (read)", *where, item[field]
+                )
         for key in _PHRASE_FIELDS:
             if key in item:
                 ledger.add(
@@ -137,6 +141,7 @@ class _Reader:
         self.stated_masks += stated
         box = parse_box(item.get("bbox"))
         self.judge.add(box, extent, record.width, record.height)
+        over = extent is not None and reaches_over(extent, record.width, record.height)
         placed, cut = place_box(box, extent, record.width, record.height, ledger, where)
         if placed is None:
             self.stated_masks -= stated
@@ -150,8 +155,8 @@ class _Reader:
         if area is None and item.get("area") is not None:
             ledger.add("area is no number (computed)", *where, item["area"])
         # The stated area is that of the whole mask: of no use where a part of it was cut off.
-        if area is None or area <= 0 or cut:
-            area = segmentation_area(segmentation, record.height, record.width, cut)
+        if area is None or area <= 0 or cut or over:
+            area = segmentation_area(segmentation, record.height, record.width, cut or over)
         return Annotation(
             id=where[1],
             category_id=category,

@@ -54,6 +54,10 @@ class Ids:
         alike = self._loose.get(loose(key), ())
         return self._numbers[alike[0]] if len(alike) == 1 else None
 
+    def lists(self, raw: Any) -> bool:
+        """Whether an entry has this very id, not only one that means the same."""
+        return key_of(raw) in self._numbers
+
 
 def key_of(raw: Any) -> Hashable | None:
     """The id in a form in which equal ids are equal: an int, a float, or ("text", str).
