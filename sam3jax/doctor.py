@@ -23,18 +23,20 @@ from sam3jax.data.describe import compare, describe
 from sam3jax.data.folders import ONLY, find_splits, match_split, read_dataset
 from sam3jax.data.importers import FORMATS, import_dataset
 from sam3jax.data.ledger import DataError
+from sam3jax.data.pictures import is_black
 from sam3jax.data.records import Dataset
 from sam3jax.data.statistics import category_table, same_pictures, summary
 from sam3jax.files import FileError, make_folder, write_json
-from sam3jax.viewing.data_sheets import contact_sheet, histograms
+from sam3jax.viewing.data_sheets import choose, contact_sheet, histograms
 
 __all__ = ["describe", "main"]
 
+_SHEET = 16  # pictures of a contact sheet
 _SAME = 5  # equal pictures that are named
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         if options.format:
             return _import(options)
@@ -137,7 +139,10 @@ def _write(
         make_folder(folder)
         for split, dataset in splits.items():
             try:
-                contact_sheet(dataset).save(folder / f"{split}.jpg", quality=88)
+                chosen = choose(dataset, _SHEET)
+                if dark := [r.file.name for r in chosen if is_black(r.open())]:
+                    print(f"  all but black: {', '.join(dark)}; does data.window fit their values?")
+                contact_sheet(dataset, chosen).save(folder / f"{split}.jpg", quality=88)
             except DataError as error:
                 found.append(str(error))
         histograms(splits, folder / "histograms.png")

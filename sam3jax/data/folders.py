@@ -132,9 +132,9 @@ def _with_headers(
             )
         if header.deep == "colour":
             ledger.add("picture has sixteen bits a colour: the upper eight are read", record.file.name)  # fmt: skip
-    frames = {(r.file, r.frame) for r in records}
+    paged = {r.file for r in records if r.frame}
     for record, header in zip(records, headers):
-        if header.frames > 1 and record.frame == 0 and (record.file, 1) not in frames:
+        if header.frames > 1 and record.file not in paged:
             ledger.add(
                 "picture has several frames: the first is read; `frame` of its entry chooses another",
                 record.file.name,

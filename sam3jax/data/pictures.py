@@ -94,9 +94,10 @@ def open_rgb(
             else:
                 with _open(file, reading.megapixels) as image:
                     _seek(image, file, frame)
+                    deep = _deep(image)  # first: looking for EXIF may decode the picture
                     orientation = _orientation(image)
                     image.load()
-                    rgb = _rgb(image, file, reading.window)
+                    rgb = _rgb(image, file, deep, reading.window)
                     if orientation in _TRANSPOSE and not _annotated_as_stored(
                         image.size, orientation, size
                     ):
@@ -133,13 +134,19 @@ def read_header(file: Path, megapixels: float = MOST_MEGAPIXELS) -> Header:
         with _open(file, megapixels) as image:
             # An MPO is a photograph with a small copy or a second eye behind it.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            return Header(image.size, _header_orientation(image, file), frames, _deep(image))
+            deep = _deep(image)
+            return Header(image.size, _header_orientation(image, file), frames, deep)
     except FileNotFoundError as error:
         raise DataError(f"picture {file} does not exist") from error
     except DataError:
         raise
     except _BROKEN as error:
         raise _unreadable(file, error) from error
+
+
+def is_black(image: Image.Image) -> bool:
+    """Whether a picture, mode RGB, is all but black."""
+    return max(high for _, high in image.getextrema()) < _BLACK
 
 
 def check_pictures(
@@ -260,8 +267,7 @@ def _deep(image: Image.Image) -> str:
     return "colour" if any(";16" in str(tile[3]) for tile in image.tile) else ""
 
 
-def _rgb(image: Image.Image, file: Path, window: Window | None) -> Image.Image:
-    deep = _deep(image)
+def _rgb(image: Image.Image, file: Path, deep: str, window: Window | None) -> Image.Image:
     if deep == "grey":
         return Image.fromarray(to_bytes(np.asarray(image), window)).convert("RGB")
     if image.has_transparency_data:
@@ -270,7 +276,7 @@ def _rgb(image: Image.Image, file: Path, window: Window | None) -> Image.Image:
         rgb.paste(clear, mask=clear.getchannel("A"))
     else:
         rgb = image.convert("RGB")
-    if deep and 0 < max(high for _, high in rgb.getextrema()) < _BLACK:
+    if deep and is_black(rgb) and rgb.getbbox() is not None:
         raise DataError(
             f"picture {file} has colours of sixteen bits of which only the lower ones are used, so that "
             f"it is all but black when read: save it with eight bits"
