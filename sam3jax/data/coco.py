@@ -45,11 +45,18 @@ _PHRASE_FIELDS = ("phrase", "noun_phrase", "caption")
 
 
 def parse_coco(
-    raw: Any, name: str, source: str, locate: Locate, check: Check | None = None
+    raw: Any,
+    name: str,
+    source: str,
+    locate: Locate,
+    check: Check | None = None,
+    *,
+    consume: bool = False,
 ) -> Dataset:
     """Records of a COCO dictionary; `locate` finds the file of a `file_name`, None where there is none.
 
     check: completes the pictures' records from their files before annotations are read, or raises.
+    consume: empties `raw` on the way, which saves the memory of a large file.
     Raises DataError where `raw` is not COCO, pictures are missing, or nothing usable is left.
     """
     images, annotations, categories = sections(raw, source)
@@ -62,8 +69,10 @@ def parse_coco(
         listing.records = check(listing.records, ledger)
     reader = _Reader(listing, names, ledger)
     with no_collection():
-        for item in annotations:
+        for k, item in enumerate(annotations):
             reader.read(item)
+            if consume:
+                annotations[k] = None
     records = [
         replace(record, annotations=tuple(found)) if found else record
         for record, found in zip(listing.records, reader.found)

@@ -114,7 +114,8 @@ def read_dataset(
         return _with_headers(records, ledger, reading)
 
     source = f"{path}:{name}"
-    dataset = parse_coco(load_json(file), source, str(file), locate, complete if check else None)
+    raw, completed = load_json(file), complete if check else None
+    dataset = parse_coco(raw, source, str(file), locate, completed, consume=True)
     _note_unlisted(dataset, file.parent)
     return dataset
 

@@ -37,6 +37,7 @@ _TRANSPOSE = {
 }  # to the upright picture
 _TAIL = 65536  # bytes behind a PNG's pixels in which EXIF is looked for
 _HEIC = (".heic", ".heif", ".hif")
+_CHUNK = 64  # pictures a thread checks at a time
 _BLACK = 16  # largest value of a picture that is all but black
 
 
@@ -159,8 +160,11 @@ def check_pictures(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        listed = list(pictures)
+        parts = [listed[start : start + _CHUNK] for start in range(0, len(listed), _CHUNK)]
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(functools.partial(_check, reading=reading), pictures))
+            checked = pool.map(lambda part: [_check(p, reading) for p in part], parts)
+            found = [result for part in checked for result in part]
     errors = [e for e in found if isinstance(e, DataError)]
     if errors:
         more = f" (and {len(errors) - 1} more pictures with such problems)" if errors[1:] else ""

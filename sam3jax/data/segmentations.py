@@ -83,30 +83,40 @@ def _polygons(
         if any(parts):
             ledger.add("mask left out: no polygon with three points", *where)
         return None
-    points = (found[0] if len(found) == 1 else np.concatenate(found)).reshape(-1, 2)
-    (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+    lefts, tops, rights, bottoms = zip(*(extent for _, extent in found))
+    left, top, right, bottom = min(lefts), min(tops), max(rights), max(bottoms)
     if right <= 0 or bottom <= 0 or left >= width or top >= height:
         ledger.add("mask left out: outside the picture", *where)
         return None
-    return tuple(found), (left, top, right, bottom)
+    return tuple(polygon for polygon, _ in found), (left, top, right, bottom)
 
 
-def _polygon(part: Any, width: int, height: int, ledger: Ledger, where: tuple) -> np.ndarray | None:
+def _polygon(
+    part: Any, width: int, height: int, ledger: Ledger, where: tuple
+) -> tuple[np.ndarray, Extent] | None:
     try:
         polygon = np.array(part, np.float64)
     except (TypeError, ValueError, OverflowError):
         polygon = np.zeros(0)
     # pycocotools takes four numbers for a box and raises TypeError.
-    most = np.abs(polygon).max() if polygon.ndim == 1 and polygon.size >= 6 else np.nan
-    if not np.isfinite(most) or polygon.size % 2:
+    usable = polygon.ndim == 1 and polygon.size >= 6 and polygon.size % 2 == 0
+    extent = _extent(polygon) if usable else (np.nan,) * 4
+    far = 4 * max(width, height)
+    # pycocotools allocates by the length of the outline: points at 1e9 end the process.
+    if (min(extent) < -far or max(extent) > far) and np.isfinite(polygon).all():
+        ledger.add("polygon point far outside the picture (moved to its edge)", *where)
+        polygon = np.clip(polygon.reshape(-1, 2), 0, [width, height]).ravel()
+        extent = _extent(polygon)
+    if not -np.inf < sum(extent) < np.inf:
         ledger.add("polygon left out: fewer than three points, or not numbers", *where, part)
         return None
-    # pycocotools allocates by the length of the outline: points at 1e9 end the process.
-    if most > 4 * max(width, height):
-        ledger.add("polygon point far outside the picture (moved to its edge)", *where)
-        limits = np.tile([width, height], polygon.size // 2)
-        polygon = np.clip(polygon, 0, limits)
-    return polygon
+    return polygon, extent
+
+
+def _extent(polygon: np.ndarray) -> Extent:
+    """Left, top, right, bottom; NaN where a coordinate is."""
+    points = polygon.reshape(-1, 2)
+    return (*points.min(0).tolist(), *points.max(0).tolist())
 
 
 def _shoelace(polygon: np.ndarray) -> float:
