@@ -48,7 +48,9 @@ def train_once(folder, **sections):
     train, valid = open_datasets(config)
     phrases = vocabulary(config.data, *filter(None, (train, valid)))
     tokens = np.zeros((len(phrases), 32))
-    batch = next(make_train_loader(train, phrases, tokens, config))
+    loader = make_train_loader(train, phrases, tokens, config)
+    batch = next(loader)
+    loader.close()
     for dataset in filter(None, (train, valid)):
         for found in make_eval_loader(dataset, phrases, tokens, config, targets=False):
             assert found.batch.targets.masks.shape[1] == 0

@@ -24,8 +24,8 @@ def draw_change(rng: np.random.Generator, config: DataConfig) -> Change | None:
 
     The number of draws does not depend on the settings: switching one on leaves the others' luck.
     """
-    brightness, contrast, colour = rng.uniform(-1, 1, 3)
-    grey, blur, noise = rng.random(3)
+    brightness, contrast, colour = rng.uniform(-1, 1, 3).tolist()
+    grey, blur, noise = rng.random(3).tolist()
     seed = int(rng.integers(2**63))
     strength = 0.0 if grey < config.grey else 1 + colour * config.colour
     brightness, contrast = 1 + brightness * config.brightness, 1 + contrast * config.contrast

@@ -117,7 +117,7 @@ class _Reader:
                 ledger.add(UNLISTED, "", id, item["image_id"])
                 return
         record = self._listing.records[row]
-        where = (record.file.name, id)
+        where = (self._listing.names[row], id)
         category = self._categories.find(item["category_id"])
         if category is None:
             category = self._categories.find_by_name(item["category_id"])
