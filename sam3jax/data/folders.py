@@ -152,7 +152,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    return [p for p in _entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
+    """JSON files that may be annotations: labelme's, one a picture, are not."""
+    files = [p for p in _entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
+    return [p for p in files if not formats.is_labelme(p)]
 
 
 def _annotation_file(folder: Path) -> Path | None:
