@@ -234,6 +234,11 @@ class LossConfig(_Section):
         return values
 
 
+STANDARD_AUGMENTATION: dict[str, Any] = dict(
+    flip=True, crop=0.7, brightness=0.2, contrast=0.2, colour=0.2, grey=0.05, blur=1.0, noise=6.0
+)  # what data.augment=standard means
+
+
 class DataConfig(_Section):
     """Where the pictures are and what is asked of them."""
 
@@ -244,7 +249,24 @@ class DataConfig(_Section):
         None, description="the same for validation; None: the folder's own valid split, if any"
     )
     train_split: str = Field("train", description="split of a Roboflow or classic COCO folder")
-    valid_split: str = "valid"
+    valid_split: str = Field("valid", description="the same for validation")
+    allow_outside: bool = Field(
+        False,
+        description="read pictures that names or links of the data lead to outside its folder",
+    )
+    window: tuple[float, float] | None = Field(
+        None,
+        description="values that become black and white in pictures of more than eight bits; None: "
+        "what each picture holds",
+    )
+    slices: Literal[1, 3] = Field(
+        1,
+        description="3: a slice and its two neighbours (of a stack, or by the number in the file name) "
+        "are the three channels",
+    )
+    max_megapixels: float = Field(
+        150, gt=0, le=178, description="larger pictures are refused before they fill the memory"
+    )
     limit: int | None = Field(
         None, ge=1, description="use only the first pictures of each split, to see whether they fit"
     )
@@ -272,7 +294,12 @@ class DataConfig(_Section):
         None, ge=1, description="targets per prompt; None: the most that the data has"
     )
     exemplars: int = Field(0, ge=0, description="box exemplars per prompt at most")
-    exemplar_probability: float = Field(0.5, ge=0, le=1)
+    exemplar_probability: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of questions that show box exemplars, where exemplars > 0",
+    )
     visual_probability: float = Field(
         0.0, ge=0, le=1, description="ask with a box alone (phrase 'visual')"
     )
@@ -286,17 +313,57 @@ class DataConfig(_Section):
         ge=1,
         description="smallest random edge, pixels; the rest is padded. None: no random size",
     )
-    workers: int = Field(0, ge=0, description="loader processes; 0: in the main process")
+    repeat_threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="pictures of a category that is in a smaller share of all pictures are shown more "
+        "often, by the square root of the ratio (repeat factor sampling, LVIS); 0: off",
+    )
+    augment: Literal["off", "standard"] = Field(
+        "off",
+        description="standard: flip, crop and moderate colour, grey, blur and noise; other keys "
+        "override it",
+    )
+    brightness: float = Field(
+        0.0, ge=0, le=1, description="brightness times 1 - this to 1 + this, training only"
+    )
+    contrast: float = Field(
+        0.0, ge=0, le=1, description="contrast around the picture's mean, the same way"
+    )
+    colour: float = Field(0.0, ge=0, le=1, description="strength of colours, the same way")
+    grey: float = Field(0.0, ge=0, le=1, description="share of training pictures without colour")
+    blur: float = Field(
+        0.0, ge=0, le=10, description="largest Gaussian radius, pixels of the model's picture"
+    )
+    noise: float = Field(
+        0.0, ge=0, le=100, description="largest standard deviation of noise, of 255 grey levels"
+    )
+    workers: int = Field(0, ge=0, le=256, description="loader processes; 0: in the main process")
     shapes_concepts: Literal["basic", "seen", "combinations", "new", "new_with_old", "all"] = Field(
         "basic", description="phrases of the generated data, see sam3jax/data/shapes.py"
     )
     shapes_size: int = Field(256, ge=64, description="longer edge of generated pictures, pixels")
-    shapes_seed: int = Field(0, ge=0)
+    shapes_seed: int = Field(0, ge=0, description="another seed, other generated pictures")
     shapes_train: int = Field(2000, ge=1, description="generated training pictures")
     shapes_valid: int = Field(100, ge=1, description="generated validation pictures")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("augment") == "standard":
+            return {**STANDARD_AUGMENTATION, **values}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        phrases = [*self.phrases, *self.phrases.values(), *self.negative_phrases]
+        if not all(phrase.strip() for phrase in phrases):
+            raise ValueError("phrases and negative_phrases: a phrase is empty; give it words")
+        if self.window is not None and not self.window[0] < self.window[1]:
+            raise ValueError(
+                f"window {list(self.window)}: the first value, for black, must be below the second"
+            )
         if self.visual_probability and not self.exemplars:
             raise ValueError(
                 "visual_probability asks with boxes, but exemplars is 0: set data.exemplars=1 or more"
