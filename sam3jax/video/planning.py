@@ -7,7 +7,7 @@ changed: each function returns the next one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -128,6 +128,24 @@ def silence(
     for i in removed:
         remembered.pop(i, None)
     return replace(after, last_occluded=remembered), silenced
+
+
+def forget(state: TrackState, ids: Collection[int]) -> TrackState:
+    """The state without anything about these tracks, which have ended; a long video has many."""
+    if not ids:
+        return state
+    without = lambda by_id: {i: v for i, v in by_id.items() if i not in ids}
+    return replace(
+        state,
+        ids=tuple(i for i in state.ids if i not in ids),
+        first_frame=without(state.first_frame),
+        keep_alive=without(state.keep_alive),
+        score=without(state.score),
+        unmatched=without(state.unmatched),
+        shared={pair: n for pair, n in state.shared.items() if not set(pair) & set(ids)},
+        last_occluded=without(state.last_occluded),
+        removed=state.removed - set(ids),
+    )
 
 
 def _keep_alive(
