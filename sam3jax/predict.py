@@ -27,6 +27,7 @@ from pycocotools import mask as coco_mask
 from sam3jax.config import EvalConfig
 from sam3jax.data import transforms
 from sam3jax.data.folders import PICTURES
+from sam3jax.data.frames import open_frames
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
@@ -34,7 +35,11 @@ from sam3jax.files import make_folder, write_text
 from sam3jax.inference.detector import Detector, Variables, open_run
 from sam3jax.inference.postprocess import Detections, full_size
 from sam3jax.model import Sam3
+from sam3jax.predict_video import add_options, predict_videos, wants_video
 from sam3jax.types import ImageFeatures, Prompts, TextFeatures
+from sam3jax.video.chunks import ChunkOptions
+from sam3jax.video.objects import VideoFrame
+from sam3jax.video.predictor import VideoPredictor
 from sam3jax.viewing.draw import Instance, overlay
 from sam3jax.weights.model_folder import load_model_folder
 
@@ -126,6 +131,37 @@ class Predictor:
             self.picture.width,
             floor=threshold,
             mask_threshold=self.config.mask_threshold,
+        )
+
+    def video(
+        self, frames: Any, phrases: Sequence[str], reverse: bool = False
+    ) -> Iterator[VideoFrame]:
+        """The objects of each frame of a video, with identities: plain tracking by detection.
+
+        frames: a film, a folder of pictures, or arrays [Y, X, 3] uint8 with a length. From the last
+        frame to the first with `reverse`. Raises DataError and PromptError.
+        """
+        for phrase in phrases:
+            self.check_phrase(phrase)
+        if isinstance(frames, str | Path):
+            frames = open_frames(frames)
+        return self.of_videos().objects(frames, phrases, reverse)
+
+    def of_videos(self, options: argparse.Namespace | None = None) -> VideoPredictor:
+        """The same model and thresholds, for videos; frames are spread over all devices."""
+        thresholds, config = self.thresholds, self.config
+        chunk = ChunkOptions()
+        if options is not None:
+            chunk = chunk._replace(frames_per_device=options.frames_per_device)
+            if options.threshold is not None:
+                thresholds, config = {}, config.model_copy(update={"threshold": options.threshold})
+        return VideoPredictor(
+            self._detector.model,
+            self._variables,
+            self._tokenizer,
+            config,
+            thresholds,
+            options=chunk,
         )
 
     def draw(self, found: Mapping[str, Detections]) -> Image.Image:
@@ -224,7 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.phrase and not options.box:
             raise PromptError("nothing to look for: give --phrase, or --box around an example")
-        files = find_pictures(options.pictures)
+        film = wants_video(options)
+        files = options.pictures if film else find_pictures(options.pictures)
+        if film and (options.box or options.negative_box or not options.phrase):
+            raise PromptError("a video is asked with --phrase; boxes are for pictures")
         predictor = (
             Predictor.from_model_folder(options.model)
             if options.model
@@ -238,6 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise  # ours are subclasses; a plain one is a defect and keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if film:
+        return int(bool(predict_videos(predictor.of_videos(options), files, options, output)))
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")
@@ -336,7 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sam3jax.predict", description="Find phrases in pictures."
     )
-    parser.add_argument("pictures", nargs="+", help="files, folders or globs")
+    parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
     source.add_argument("--model", help="model folder, as python -m convert writes it")
@@ -353,6 +394,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
+    add_options(parser)
     return parser
 
 

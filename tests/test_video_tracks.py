@@ -82,6 +82,11 @@ def test_new_objects_need_a_high_score_after_the_first_frame():
     assert all(len(found[t]) == 1 for t in found)
 
 
+def test_a_detection_without_a_pixel_is_nowhere():
+    video = [[[(square(5, 5), 0.9), (np.zeros(SIZE, bool), 0.95)]]] * 5
+    assert [len(x) for x in run(video).values()] == [1] * 5
+
+
 def test_weak_detections_are_not_looked_at():
     video = [[[(square(5, 5), 0.45)]]] * 4
     assert not any(run(video).values())

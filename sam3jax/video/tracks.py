@@ -9,7 +9,7 @@ one; a track without one has no mask in this frame. A tracker with memory takes 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,8 +110,6 @@ class Follower:
         return _shifted(seen.mask, int(x), int(y))
 
     def _remember(self, track: int, frame: int, mask: np.ndarray) -> None:
-        if not mask.any():
-            return
         centre, old = _centre(mask), self._seen.get(track)
         velocity = np.zeros(2)
         if old is not None:
@@ -123,14 +121,14 @@ class Follower:
 def follow(
     detections: Iterable[tuple[int, FrameDetections]],
     *,
-    threshold: float = 0.5,
+    threshold: float | Sequence[float] = 0.5,
     rules: Rules = RELEASED,
     reverse: bool = False,
 ) -> Iterator[tuple[int, list[Tracked]]]:
     """The objects of each frame, from the detections of each frame, in the same order.
 
     Comes `rules.hot_start` frames late: an object that the rules remove meanwhile was never there.
-    threshold: score of a detection that is looked at. Memory does not grow with the video.
+    threshold: score above which a detection is looked at, one or one a phrase. Memory does not grow with the video.
     """
     followers: dict[int, Follower] = {}
     numbers: dict[tuple[int, int], int] = {}
@@ -141,8 +139,11 @@ def follow(
         for phrase in range(len(found.logits)):
             follower = followers.setdefault(phrase, Follower(rules, reverse))
             scores = _sigmoid(np.asarray(found.logits[phrase], np.float32))
-            chosen = np.flatnonzero(scores > threshold)
-            masks = np.asarray(found.masks[phrase], np.float32)[chosen]
+            least = threshold if isinstance(threshold, float) else threshold[phrase]
+            masks = np.asarray(found.masks[phrase], np.float32)
+            # A detection without a pixel is nowhere, so there is nothing to follow.
+            chosen = np.flatnonzero((scores > least) & (masks > 0).any((1, 2)))
+            masks = masks[chosen]
             tracks, removed = follower.step(frame, masks, scores[chosen])
             gone = {numbers.pop((phrase, i)) for i in removed if (phrase, i) in numbers}
             if gone:
