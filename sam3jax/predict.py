@@ -22,7 +22,9 @@ from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
 from sam3jax.files import make_folder, write_text
 from sam3jax.inference.full_size import Detections
+from sam3jax.predict_video import add_options, predict_videos, wants_video
 from sam3jax.training.mesh import local_mesh
+from sam3jax.video.chunks import ChunkOptions
 from sam3jax.viewing.predictor import Predictor, PromptError
 
 __all__ = ["Detections", "Predictor", "PromptError", "find_pictures", "main"]
@@ -56,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.phrase and not options.box:
             raise PromptError("nothing to look for: give --phrase, or --box around an example")
-        files = find_pictures(options.pictures)
+        film = wants_video(options)
+        files = options.pictures if film else find_pictures(options.pictures)
+        if film and (options.box or options.negative_box or not options.phrase):
+            raise PromptError("a video is asked with --phrase; boxes are for pictures")
         predictor = (
             Predictor.from_model_folder(options.model, mesh=local_mesh())
             if options.model
@@ -70,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise  # ours are subclasses; a plain one is a defect and keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if film:
+        chunk = ChunkOptions()._replace(frames_per_device=options.frames_per_device)
+        asked = predictor.of_videos(threshold=options.threshold, options=chunk)
+        return int(bool(predict_videos(asked, files, options, output)))
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")
@@ -195,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sam3jax.predict", description="Find phrases in pictures."
     )
-    parser.add_argument("pictures", nargs="+", help="files, folders or globs")
+    parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
     source.add_argument("--model", help="model folder, as python -m convert writes it")
@@ -212,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
+    add_options(parser)
     return parser
 
 
