@@ -214,6 +214,9 @@ class LossConfig(_Section):
         description="N of box and mask losses: targets of the global batch, of this device, or 1",
     )
     normalize_by_valid_object_num: bool = False
+    normalize_by_stage_num: bool = Field(
+        False, description="divide the loss of clips by their number of frames"
+    )
     scale_by_find_batch_size: bool = Field(
         True, description="times the square root of the number of prompts"
     )
@@ -389,9 +392,6 @@ class OptimConfig(_Section):
         0, ge=0, description="linear to zero at the end (inverse_sqrt, constant)"
     )
     clip_norm: float = Field(0.1, gt=0, description="global gradient norm")
-    accumulate: int = Field(
-        1, ge=1, description="steps whose gradients are averaged into one update"
-    )
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of averaged weights used for evaluation; 0: off"
     )
@@ -400,7 +400,7 @@ class OptimConfig(_Section):
 class EvalConfig(_Section):
     """How predictions are made and counted, in validation, evaluate and predict alike."""
 
-    batch_size: int = Field(2, ge=1)
+    batch_size: int = Field(2, ge=1, description="pictures that a device looks at at once")
     threshold: float = Field(0.5, ge=0, le=1, description="score of a detection worth showing")
     max_detections: int = Field(
         100,
@@ -423,6 +423,7 @@ class EvalConfig(_Section):
 class Config(_Section):
     """A whole run."""
 
+    task: Literal["detect"] = Field("detect", description="what is trained")
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
@@ -442,16 +443,37 @@ class Config(_Section):
         (), description="patterns of parameters trained beside the adapters"
     )
     steps: int = Field(1000, ge=1)
-    batch_size: int = Field(1, ge=1, description="pictures per step over all devices")
+    batch_size: int = Field(
+        1, ge=1, description="pictures of one update, over all devices and micro-batches"
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="pictures that a device holds at once; gradients of several micro-batches are added up. "
+        "None: batch_size divided by the number of devices",
+    )
     seed: int = 0
     eval_every: int = Field(200, ge=0, description="steps between validations; 0: only at the end")
     save_every: int = Field(200, ge=1)
     log_every: int = Field(10, ge=1)
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
-    best_metric: str = "segm/AP"
+    best_metric: str | None = Field(
+        None,
+        description="metric by which the best checkpoint is chosen; None: the task's own, for detection "
+        "segm/AP, or bbox/AP where no mask is annotated",
+    )
     resume: bool = Field(
         True, description="continue where the run folder's newest checkpoint stands"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.loss.weak_loss and self.micro_batch is not None:
+            raise ValueError(
+                "loss.weak_loss divides by the queries that were matched in the whole batch, which a micro-batch "
+                "cannot know: leave micro_batch out"
+            )
+        return self
 
 
 def load_config(
