@@ -6,7 +6,6 @@ As in `loader`, a batch is a function of its number alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import grain
 import numpy as np
@@ -22,9 +21,11 @@ from sam3jax.data.clips import (
     questions_of_clip,
 )
 from sam3jax.data.coco import decode_mask
-from sam3jax.data.loader import _ENDLESS, Arrays, TrainLoader, _local_size, _run
+from sam3jax.data.examples import Arrays
+from sam3jax.data.loader import TrainLoader
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import VISUAL, Question, Shapes
+from sam3jax.data.streams import ENDLESS, Opaque, local_size, run_ahead
 from sam3jax.data.videos import VideoDataset
 from sam3jax.types import ClipBatch, Prompts, Targets
 
@@ -51,9 +52,9 @@ def make_clip_loader(
             f"{sampling.frames}: use a multiple of clips.frames"
         )
     clips = config.batch_size // sampling.frames
-    local = _local_size(clips, process_count, "batch_size / clips.frames")
+    local = local_size(clips, process_count, "batch_size / clips.frames")
     order = grain.MapDataset.range(len(dataset.videos)).seed(config.seed).shuffle().repeat()
-    batch_of = partial(
+    batch_of = Opaque(
         _clip_batch,
         dataset=dataset,
         names=phrases_of_videos(dataset),
@@ -69,7 +70,7 @@ def make_clip_loader(
     identity = {"videos": len(dataset.videos), "frames": sampling.frames, "seed": config.seed}
 
     def stream(start: int) -> Iterator[ClipBatch]:
-        for arrays in _run(batch_of, start, _ENDLESS, config.data.workers):
+        for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield clip_batch(arrays, tokens)
 
     return TrainLoader(stream, config.batch_size, identity)
