@@ -41,22 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.format:
             return _import(options)
         config = load_config(None, options.overrides)
-        data = config.data.model_copy(update={"train": str(options.data)})
-        return examine(config.model_copy(update={"data": data}), options)
+        data = config.data.model_copy(update={"train": options.data})
+        return examine(config.model_copy(update={"data": data}), options.data, options)
     except (DataError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def examine(config: Config, options: argparse.Namespace) -> int:
-    """Read every split, say what was found, write the folder; the exit code."""
-    path = config.data.train
+def examine(config: Config, path: str, options: argparse.Namespace) -> int:
+    """Read every split of config.data.train, which is `path`, say what was found, write the folder;
+    the exit code."""
     files = find_splits(path)
     splits: dict[str, Dataset] = {}
     errors: list[str] = []
     for split, file in files.items():
         try:
-            splits[split] = _read(config, split, options.decode)
+            splits[split] = _read(config, path, split, options.decode)
         except DataError as error:
             errors.append(str(error))
             continue
@@ -80,11 +80,9 @@ def examine(config: Config, options: argparse.Namespace) -> int:
     return 2 if errors else 0
 
 
-def _read(config: Config, split: str, decode: bool) -> Dataset:
+def _read(config: Config, path: str, split: str, decode: bool) -> Dataset:
     data = config.data
-    dataset = read_dataset(
-        data.train, split, allow_outside=data.allow_outside, reading=reading_of(data)
-    )
+    dataset = read_dataset(path, split, allow_outside=data.allow_outside, reading=reading_of(data))
     if decode:
         for image in dataset.images:
             image.open()
@@ -126,7 +124,7 @@ def _same_pictures(train: Dataset, valid: Dataset) -> list[str]:
 
 def _write(
     folder: Path,
-    path: str | None,
+    path: str,
     files: dict[str, Path],
     splits: dict[str, Dataset],
     notes: list[str],
@@ -158,7 +156,7 @@ def _write(
 
 def _write_tables(
     folder: Path,
-    path: str | None,
+    path: str,
     files: dict[str, Path],
     splits: dict[str, Dataset],
     notes: list[str],
@@ -166,7 +164,7 @@ def _write_tables(
 ) -> None:
     table = category_table(splits)
     report: dict[str, Any] = {
-        "data": str(path),
+        "data": path,
         "errors": errors,
         "notes": notes,
         "splits": {s: {"file": str(files[s]), **summary(d)} for s, d in splits.items()},

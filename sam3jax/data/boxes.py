@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.ledger import DataError, Ledger, Where
 from sam3jax.data.numbers import number
 
 Box = tuple[float, float, float, float]  # left, top, width, height, pixels
@@ -37,7 +37,7 @@ def parse_box(value: Any) -> Box | None:
 
 
 def place_box(
-    stated: Box | None, extent: Edges | None, width: int, height: int, ledger: Ledger, where: tuple
+    stated: Box | None, extent: Edges | None, width: int, height: int, ledger: Ledger, where: Where
 ) -> tuple[Box | None, bool]:
     """The box inside the picture, and whether something was cut off; None where there is none.
 

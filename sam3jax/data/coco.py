@@ -19,7 +19,7 @@ from sam3jax.data.boxes import BoxJudge, parse_box, place_box, reaches_over
 from sam3jax.data.ids import key_of
 from sam3jax.data.json_file import load_json, no_collection, sections
 from sam3jax.data.judgements import LEFT_OUT, UNLISTED, judge_crowds, judge_left_out, require_masks
-from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.ledger import DataError, Ledger, Where
 from sam3jax.data.listing import Listing, Locate
 from sam3jax.data.names import Categories, read_categories, rename_categories
 from sam3jax.data.numbers import flag, number
@@ -141,7 +141,7 @@ class _Reader:
             self.found[row].append(annotation)
 
     def _annotation(
-        self, item: dict, record: ImageRecord, category: int, where: tuple
+        self, item: dict, record: ImageRecord, category: int, where: Where
     ) -> Annotation | None:
         ledger = self._ledger
         segmentation, extent, stated = read_segmentation(
@@ -175,7 +175,7 @@ class _Reader:
             area=area or placed[2] * placed[3],
         )
 
-    def _is_new(self, annotation: Annotation, row: int, where: tuple) -> bool:
+    def _is_new(self, annotation: Annotation, row: int, where: Where) -> bool:
         """False for a copy that came in with a second entry of the same file; other copies are said."""
         key = key_of(annotation.id)
         if key is not None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+Where = tuple[str, Any]  # the file and the id of an entry
+
 _TEXT = 80  # characters of a value that a message repeats
 
 

@@ -63,7 +63,8 @@ class Header:
 
     @property
     def displayed(self) -> tuple[int, int]:
-        return self.size[::-1] if self.orientation in _TURNED else self.size
+        width, height = self.size
+        return (height, width) if self.orientation in _TURNED else (width, height)
 
 
 DEFAULT = Reading()

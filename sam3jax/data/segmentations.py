@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_codec
 
-from sam3jax.data.ledger import Ledger
+from sam3jax.data.ledger import Ledger, Where
 from sam3jax.data.mask_forms import UNREADABLE, normal_form, parse_text
 from sam3jax.data.numbers import whole
 
@@ -34,7 +34,7 @@ def decode_segmentation(segmentation: Polygons | Rle | None, height: int, width:
 
 
 def read_segmentation(
-    value: Any, width: int, height: int, ledger: Ledger, where: tuple = ()
+    value: Any, width: int, height: int, ledger: Ledger, where: Where = ("", None)
 ) -> tuple[Polygons | Rle | None, Extent | None, bool]:
     """A segmentation that pycocotools can decode, or None; its extent, or None; was one stated?
 
@@ -55,7 +55,7 @@ def read_segmentation(
         return None, None, any(parts)
     if other_form:
         ledger.add("mask written in another form than COCO's (read)", *where)
-    return *found, True
+    return found[0], found[1], True
 
 
 def segmentation_area(
@@ -76,7 +76,7 @@ def _drawn(polygons: Polygons, height: int, width: int) -> Rle:
 
 
 def _polygons(
-    parts: list, width: int, height: int, ledger: Ledger, where: tuple
+    parts: list, width: int, height: int, ledger: Ledger, where: Where
 ) -> tuple[Polygons, Extent] | None:
     found = [p for part in parts if (p := _polygon(part, width, height, ledger, where)) is not None]
     if not found:
@@ -92,7 +92,7 @@ def _polygons(
 
 
 def _polygon(
-    part: Any, width: int, height: int, ledger: Ledger, where: tuple
+    part: Any, width: int, height: int, ledger: Ledger, where: Where
 ) -> tuple[np.ndarray, Extent] | None:
     try:
         polygon = np.array(part, np.float64)
@@ -100,7 +100,7 @@ def _polygon(
         polygon = np.zeros(0)
     # pycocotools takes four numbers for a box and raises TypeError.
     usable = polygon.ndim == 1 and polygon.size >= 6 and polygon.size % 2 == 0
-    extent = _extent(polygon) if usable else (np.nan,) * 4
+    extent = _extent(polygon) if usable else (np.nan, np.nan, np.nan, np.nan)
     far = 4 * max(width, height)
     # pycocotools allocates by the length of the outline: points at 1e9 end the process.
     if (min(extent) < -far or max(extent) > far) and np.isfinite(polygon).all():
@@ -116,7 +116,8 @@ def _polygon(
 def _extent(polygon: np.ndarray) -> Extent:
     """Left, top, right, bottom; NaN where a coordinate is."""
     points = polygon.reshape(-1, 2)
-    return (*points.min(0).tolist(), *points.max(0).tolist())
+    (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+    return left, top, right, bottom
 
 
 def _shoelace(polygon: np.ndarray) -> float:
@@ -125,7 +126,7 @@ def _shoelace(polygon: np.ndarray) -> float:
 
 
 def _rles(
-    parts: list, width: int, height: int, ledger: Ledger, where: tuple
+    parts: list, width: int, height: int, ledger: Ledger, where: Where
 ) -> tuple[Rle, Extent] | None:
     """One RLE of all parts together."""
     found = [rle for part in parts if (rle := _rle(part, width, height, ledger, where)) is not None]
@@ -136,7 +137,7 @@ def _rles(
     return rle, (x, y, x + w, y + h)
 
 
-def _rle(value: dict, width: int, height: int, ledger: Ledger, where: tuple) -> Rle | None:
+def _rle(value: dict, width: int, height: int, ledger: Ledger, where: Where) -> Rle | None:
     rows, columns = _size(value.get("size", (height, width)))
     counts = value.get("counts")
     if isinstance(counts, str) and set(counts) & _NOT_RLE:
