@@ -274,6 +274,53 @@ def test_nifti_slices_are_frames(tmp_path):
     assert found[10:].max() == found[:, 20:].max() == 0
 
 
+def dicom(file, values, **fields):
+    """A small CT slice: stored = (Hounsfield units + 1000)."""
+    pydicom = pytest.importorskip("pydicom", reason="DICOM needs pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    data = pydicom.dataset.Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = (
+        meta.MediaStorageSOPClassUID,
+        meta.MediaStorageSOPInstanceUID,
+    )
+    data.Rows, data.Columns = values.shape
+    data.BitsAllocated = data.BitsStored = 16
+    data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 15, 0, 1
+    data.PhotometricInterpretation = fields.pop("photometric", "MONOCHROME2")
+    data.RescaleSlope, data.RescaleIntercept = 1, -1000
+    data.PixelData = values.astype("<u2").tobytes()
+    data.save_as(file, enforce_file_format=True)
+
+
+def test_dicom_is_read_in_hounsfield_units(tmp_path):
+    values = np.zeros((H, W))
+    values[:10, :20] = 2000  # 1000 HU
+    dicom(tmp_path / "a.dcm", values)
+    assert read_header(tmp_path / "a.dcm").size == (W, H)
+    found = np.asarray(open_rgb(tmp_path / "a.dcm", reading=Reading(window=(0, 2000))))[..., 0]
+    assert found[0, 0] == 128
+    assert found[20, 30] == 0
+    dicom(tmp_path / "b.dcm", values, photometric="MONOCHROME1")  # low values are bright
+    found = np.asarray(open_rgb(tmp_path / "b.dcm"))[..., 0]
+    assert found[0, 0] == 0
+    assert found[20, 30] == 255
+
+
+def test_heic_is_read_where_its_reader_is_installed(tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="HEIC needs pillow-heif")
+    heif.register_heif_opener()
+    PICTURE = Image.fromarray(np.full((64, 96, 3), (200, 60, 20), np.uint8))
+    PICTURE.save(tmp_path / "a.heic", quality=95)
+    assert read_header(tmp_path / "a.heic").size == (96, 64)
+    np.testing.assert_allclose(
+        np.asarray(open_rgb(tmp_path / "a.heic"))[30, 40], (200, 60, 20), atol=8
+    )
+
+
 def test_heic_names_its_reader(tmp_path):
     try:
         import pillow_heif  # noqa: F401
