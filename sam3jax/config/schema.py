@@ -334,10 +334,16 @@ class DataConfig(_Section):
     colour: float = Field(0.0, ge=0, le=1, description="strength of colours, the same way")
     grey: float = Field(0.0, ge=0, le=1, description="share of training pictures without colour")
     blur: float = Field(
-        0.0, ge=0, le=10, description="largest Gaussian radius, pixels of the model's picture"
+        0.0,
+        ge=0,
+        le=10,
+        description="largest radius, pixels of the model's picture; a quarter of the pictures",
     )
     noise: float = Field(
-        0.0, ge=0, le=100, description="largest standard deviation of noise, of 255 grey levels"
+        0.0,
+        ge=0,
+        le=100,
+        description="largest standard deviation of noise, of 255 grey levels; a quarter of the pictures",
     )
     workers: int = Field(0, ge=0, le=256, description="loader processes; 0: in the main process")
     shapes_concepts: Literal["basic", "seen", "combinations", "new", "new_with_old", "all"] = Field(
