@@ -7,15 +7,17 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from sam3jax.data import clips as cutting
 from sam3jax.data.clip_loader import make_clip_loader
-from sam3jax.data.clips import Sampling, draw_clip, evaluation_clips, usable
-from sam3jax.data.coco import decode_mask
+from sam3jax.data.clips import Sampling, draw_clip, evaluation_clips, frame_record, usable
+from sam3jax.data.coco import Annotation, decode_mask
+from sam3jax.data.examples import move_instance
 from sam3jax.data.frames import FrameFiles
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import Question
-from sam3jax.data.transforms import unpack_mask
+from sam3jax.data.transforms import Transform, unpack_mask
 from sam3jax.data.video_folders import read_videos
 from sam3jax.data.videos import NOT_ANNOTATED, VideoDataset
 from tests import video_folders as made
@@ -224,3 +226,19 @@ def test_exemplars_are_shown_in_frames_that_show_them(dataset):
     annotation = video.labels[2].annotations[1]
     assert decode_mask(annotation, video.height, video.width).any()
     np.testing.assert_array_equal(arrays["box_prompts"][2, 0, 0], arrays["boxes"][2, 0])
+
+
+def test_an_object_thinner_than_a_pixel_keeps_its_box_in_a_crop_as_in_a_picture(dataset):
+    (video,) = dataset.videos
+    mask = np.zeros((video.height, video.width), np.uint8, order="F")
+    mask[video.height // 2, 4:-4] = 1
+    rle = coco_mask.encode(mask)
+    box = (4.0, float(video.height // 2), float(video.width - 8), 1.0)
+    thin = Annotation(1, 1, box, rle, False, float(mask.sum()))
+    edge = (2, 2, video.width - 4, video.height - 4)
+    transform = Transform(edge, (8, 8), False, 0, (0, 0), (8, 8))
+    for picture in (video, frame_record(video, 0)):
+        moved = move_instance(thin, picture, transform, True)
+        assert moved is not None
+        assert moved[1] is None
+        assert moved[0][3] > 0

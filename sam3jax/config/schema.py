@@ -547,9 +547,18 @@ def _scalar(value: Any) -> Any:
     return value
 
 
+# Settings of earlier versions: what stands in their place.
+_GONE = {
+    "optim.accumulate": "batch_size now counts the pictures of one update, and micro_batch those that a device "
+    "holds at once: batch_size 1 with accumulate 4 is batch_size=4 micro_batch=1, with a quarter of the steps",
+}
+
+
 def _explain(error: dict[str, Any], section: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path) or "config"
+    if name in _GONE:
+        return f"config key {name} is gone: {_GONE[name]}"
     if error["type"] == "extra_forbidden":
         fields = section
         for part in path[:-1]:

@@ -186,8 +186,8 @@ class _TrainBatch:
         return stack([self._row(position) for position in self._rows(number)])
 
     def _row(self, position: int) -> Arrays:
-        config, turn_row = self._config, self._order(position)
-        turn, row = turn_row
+        config = self._config
+        turn, row = self._order(position)
         record = self._dataset.images[row]
         place = dict(seed=config.seed, epoch=turn, row=row)
         questions = asking.training_questions(
