@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from convert.adapters import write_adapter
 from convert.jax_to_torch import export
 from convert.sources import is_run_folder, open_source
 from convert.torch_to_jax import FLOATS, describe, describe_source, torch_to_jax
 from convert.weights import LAYOUTS, ConversionError
-from sam3jax.config import ConfigError, ModelConfig
+from sam3jax.config import ConfigError, ModelConfig, read_settings
 from sam3jax.files import FileError
 from sam3jax.weights.lora import linear_layers
 from sam3jax.weights.model_folder import is_model_folder
@@ -142,18 +140,12 @@ def _inspect(o: argparse.Namespace) -> list[str]:
     return [*lines, *layers]
 
 
-def _settings(items: Sequence[str]) -> dict[str, Any]:
+def _settings(words: Sequence[str]) -> dict[str, Any]:
     """{key: value} of `key=value` words; keys are ModelConfig's."""
-    settings: dict[str, Any] = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or key not in ModelConfig.model_fields:
-            known = ", ".join(ModelConfig.model_fields)
-            raise ConversionError(f"--set {item}: expected key=value with a key of {known}")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConversionError(f"--set {item}: {value!r} is no readable value") from error
+    settings = read_settings(words, ModelConfig)
+    if unknown := settings.keys() - ModelConfig.model_fields.keys():
+        known = ", ".join(ModelConfig.model_fields)
+        raise ConversionError(f"--set {', '.join(sorted(unknown))}: expected a key of {known}")
     return settings
 
 

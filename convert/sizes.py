@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from convert.huggingface_config import read_huggingface_config
 from convert.names import huggingface_shapes
 from convert.weights import ConversionError
-from sam3jax.config import PRESETS, ModelConfig
+from sam3jax.config import PRESETS, ModelConfig, explain
 from sam3jax.weights.names import DECODER, FUSION, GEOMETRY, TEXT, VIT, carried_shapes
 from sam3jax.weights.tensor_file import Tensor
 
@@ -84,12 +84,7 @@ def infer_config(
     try:
         return ModelConfig(**found), notes
     except ValidationError as error:
-        problems = "; ".join(
-            ".".join(map(str, e["loc"]))
-            + " " * bool(e["loc"])
-            + e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        )
+        problems = "; ".join(explain(error, ModelConfig))
         raise ConversionError(f"the shapes make no detector: {problems}") from None
 
 

@@ -22,6 +22,7 @@ from convert.names import (
     with_text_model,
 )
 from sam3jax.config import ModelConfig
+from sam3jax.errors import UserError
 from sam3jax.model.init import parameter_shapes
 from sam3jax.weights.names import TEXT, Entry, carried_shapes, entries
 from sam3jax.weights.tensor_file import Tensor, is_float
@@ -30,7 +31,7 @@ Path = tuple[str, ...]
 LAYOUTS = ("official", "huggingface")
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """Tensors do not fit the model; the message lists all of them and says what to do."""
 
 

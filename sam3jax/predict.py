@@ -30,6 +30,7 @@ from sam3jax.data.folders import PICTURES
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.errors import UserError
 from sam3jax.files import make_folder, write_text
 from sam3jax.inference.detector import Detector, Variables, open_run
 from sam3jax.inference.postprocess import Detections, full_size
@@ -41,7 +42,7 @@ from sam3jax.weights.model_folder import load_model_folder
 PixelBox = Sequence[float]  # left, top, width, height in the picture's pixels
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """What is asked cannot be asked; the message says why and what to do."""
 
 

@@ -328,7 +328,7 @@ def test_settings_that_are_no_numbers_are_named(tensors, tmp_path, capsys, setti
 
 
 def test_a_setting_that_is_no_yaml_is_named(tensors, tmp_path, capsys):
-    assert "no readable value" in refused(capsys, tensors, tmp_path, "image_size=[")
+    assert "not readable YAML" in refused(capsys, tensors, tmp_path, "image_size=[")
 
 
 @pytest.mark.parametrize(

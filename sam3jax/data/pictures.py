@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from sam3jax.errors import UserError
+
 # The limit guards servers against strangers' files; a 100-megapixel photograph is a fair picture.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -20,7 +22,7 @@ _ORIENTATION = 0x0112  # EXIF
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be used; the message names the thing and the remedy."""
 
 
