@@ -16,10 +16,11 @@ from convert import tracker
 from convert.adapters import Adapters, count_layers, merge
 from convert.files import CARRIED, write_checkpoint
 from convert.huggingface_config import huggingface_config, processor_files
+from convert.layouts import LAYOUTS
 from convert.names import CLASS_POSITION, DETECTOR, INTERACTIVE, to_huggingface
 from convert.sizes import rope_tables
 from convert.torch_to_jax import cast
-from convert.weights import LAYOUTS, torch_tensors
+from convert.weights import torch_tensors
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError, refuse_to_replace, whole
 from sam3jax.weights.model_folder import ModelFolder, is_model_folder

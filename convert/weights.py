@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.layouts import LAYOUTS
 from convert.names import (
     CLASS_POSITION,
     common_dtype,
@@ -28,7 +29,6 @@ from sam3jax.weights.names import TEXT, Entry, carried_shapes, entries
 from sam3jax.weights.tensor_file import Tensor, is_float
 
 Path = tuple[str, ...]
-LAYOUTS = ("official", "huggingface")
 
 
 class ConversionError(UserError):

@@ -7,40 +7,41 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("doctor"))
 
 import numpy as np
 
 from sam3jax.config import DataConfig
 from sam3jax.data.coco import Dataset, used_categories
 from sam3jax.data.folders import ONLY, find_splits, read_dataset
-from sam3jax.data.pictures import DataError, read_header, read_picture
+from sam3jax.data.pictures import read_header, read_picture
 from sam3jax.data.prompts import training_shapes
+from sam3jax.errors import exit_status
+from sam3jax.options import parse
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sam3jax.doctor", description=__doc__)
-    parser.add_argument("data", help="folder with pictures and COCO JSON, or the JSON itself")
-    parser.add_argument(
-        "--decode", action="store_true", help="decode every picture, not only headers"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        splits = find_splits(options.data)
-        for split, file in splits.items():
-            dataset = read_dataset(options.data if split != ONLY else file, split)
-            if options.decode:
-                for image in dataset.images:
-                    read_picture(image.file, image.width, image.height)
-            print(f"{'data' if split == ONLY else f'split {split}'}: {file}")
-            for line in describe(dataset):
-                print(f"  {line}")
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Describe every split; returns the exit status."""
+    options = parse("doctor", arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    splits = find_splits(options.data)
+    for split, file in splits.items():
+        dataset = read_dataset(options.data if split != ONLY else file, split)
+        if options.decode:
+            for image in dataset.images:
+                read_picture(image.file, image.width, image.height)
+        print(f"{'data' if split == ONLY else f'split {split}'}: {file}")
+        for line in describe(dataset):
+            print(f"  {line}")
 
 
 def describe(dataset: Dataset) -> Iterator[str]:
@@ -118,7 +119,3 @@ def _odd(dataset: Dataset, masks: Counter[str], total: int) -> Iterator[str]:
         )
     yield f"odd           {'nothing' if not found else ''}".rstrip()
     yield from (f"    {line}" for line in found)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

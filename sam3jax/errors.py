@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
 USER_ERROR = 2  # argparse uses the same status for options it does not know
+STOPPED = 130  # what shells expect after Ctrl-C
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -28,12 +31,17 @@ def exit_status(command: Callable[[], int | None]) -> int:
         # The reader, such as `head`, has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
     except OSError as error:
-        if error.filename is None:
+        if error.errno in _DISK_FULL:
+            remedy = "make room and run again"
+        elif error.filename is not None:
+            remedy = "check the path, and the rights to read and write there"
+        else:
             raise
+        what = error.filename or "the disk"
         why = error.strerror or type(error).__name__
-        print(
-            f"error: cannot use {error.filename}: {why}; check the path and the rights to read and write there",
-            file=sys.stderr,
-        )
+        print(f"error: cannot use {what}: {why}; {remedy}", file=sys.stderr)
         return USER_ERROR

@@ -13,10 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("evaluate"))
 
 import jax
 import numpy as np
@@ -27,6 +31,7 @@ from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.loader import EvalBatch, make_eval_loader
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import tokenize, vocabulary
+from sam3jax.errors import exit_status
 from sam3jax.evaluation.comparison import compare, summary, write_evaluation
 from sam3jax.evaluation.metrics import Evaluation, Pair, measure
 from sam3jax.files import make_folder, write_json
@@ -39,6 +44,7 @@ from sam3jax.inference.detector import (
     write_thresholds,
 )
 from sam3jax.inference.postprocess import Candidates, full_size
+from sam3jax.options import parse
 
 __all__ = ["Detector", "Evaluation", "detections_to_keep", "evaluate_dataset", "predict_dataset"]
 
@@ -174,18 +180,15 @@ def evaluate_run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        run = open_run(options.run)
-        dataset, own = _dataset(run, options.data, options.split)
-        report = evaluate_command(run, dataset, options, own_validation=own)
-    except ValueError as error:
-        if type(error) is ValueError:
-            raise  # ours are subclasses; a plain one is a defect and keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    _print(report)
-    return 0
+    """Evaluate as the command line says; returns the exit status."""
+    options = parse("evaluate", arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    run = open_run(options.run)
+    dataset, own = _dataset(run, options.data, options.split)
+    _print(evaluate_command(run, dataset, options, own_validation=own))
 
 
 def evaluate_command(
@@ -277,22 +280,3 @@ class _progress:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sam3jax.evaluate", description="Measure a run on a COCO data set."
-    )
-    parser.add_argument("--run", required=True, help="run folder")
-    parser.add_argument("--data", help="COCO folder; default: the run's validation data")
-    parser.add_argument("--split", help="default: the run's validation split")
-    parser.add_argument("--base", action="store_true", help="the model that the run started from")
-    parser.add_argument("--compare", action="store_true", help="base against tuned")
-    parser.add_argument("--probe", metavar="DATA", help="second data set that must not degrade")
-    parser.add_argument("--probe-split", default="valid", metavar="SPLIT")
-    parser.add_argument("--output", help="folder to write into; default: the run folder")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("predict"))
+
 import jax
 import numpy as np
 from PIL import Image
@@ -30,11 +35,12 @@ from sam3jax.data.folders import PICTURES
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
-from sam3jax.errors import UserError
+from sam3jax.errors import UserError, exit_status
 from sam3jax.files import make_folder, write_text
 from sam3jax.inference.detector import Detector, Variables, open_run
 from sam3jax.inference.postprocess import Detections, full_size
 from sam3jax.model import Sam3
+from sam3jax.options import parse
 from sam3jax.types import ImageFeatures, Prompts, TextFeatures
 from sam3jax.viewing.draw import Instance, overlay
 from sam3jax.weights.model_folder import load_model_folder
@@ -221,24 +227,22 @@ def find_pictures(patterns: Iterable[str]) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: all done; 1: some pictures failed, each named; 2: nothing could be done."""
-    options = _parser().parse_args(arguments)
-    try:
-        if not options.phrase and not options.box:
-            raise PromptError("nothing to look for: give --phrase, or --box around an example")
-        files = find_pictures(options.pictures)
-        predictor = (
-            Predictor.from_model_folder(options.model)
-            if options.model
-            else Predictor.from_run(options.run, base=options.base)
-        )
-        for phrase in options.phrase or [VISUAL]:
-            predictor.check_phrase(phrase)
-        output = make_folder(options.output)
-    except ValueError as error:
-        if type(error) is ValueError:
-            raise  # ours are subclasses; a plain one is a defect and keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parse("predict", arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if not options.phrase and not options.box:
+        raise PromptError("nothing to look for: give --phrase, or --box around an example")
+    files = find_pictures(options.pictures)
+    predictor = (
+        Predictor.from_model_folder(options.model)
+        if options.model
+        else Predictor.from_run(options.run, base=options.base)
+    )
+    for phrase in options.phrase or [VISUAL]:
+        predictor.check_phrase(phrase)
+    output = make_folder(options.output)
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")
@@ -319,43 +323,3 @@ def _free_name(file: Path, taken: set[str]) -> str:
         name = f"{file.stem}_{number}.png"
     taken.add(name.lower())
     return name
-
-
-def _box(text: str) -> list[float]:
-    try:
-        values = [float(v) for v in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) != 4:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected left,top,width,height in pixels, for example 40,30,100,80"
-        )
-    return values
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sam3jax.predict", description="Find phrases in pictures."
-    )
-    parser.add_argument("pictures", nargs="+", help="files, folders or globs")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", help="run folder")
-    source.add_argument("--model", help="model folder, as python -m convert writes it")
-    parser.add_argument("--base", action="store_true", help="the model that the run started from")
-    parser.add_argument(
-        "--phrase", action="append", default=[], help="what to look for; may be repeated"
-    )
-    parser.add_argument(
-        "--box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="like this"
-    )
-    parser.add_argument(
-        "--negative-box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="not this"
-    )
-    parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
-    parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
-    parser.add_argument("--no-overlay", action="store_true", help="JSON only")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -51,9 +51,9 @@ def checkpoint(tmp_path, tensors) -> Path:
 def refused(capsys, *arguments: object) -> str:
     """The sentence on stderr; the command must fail and say nothing of a traceback."""
     capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 1
+    assert main([str(a) for a in arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("convert: ")
+    assert said.startswith("error: ")
     assert "Traceback" not in said
     return said
 

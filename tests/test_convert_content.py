@@ -59,10 +59,10 @@ def refused(capsys, content: dict | Path, tmp_path: Path, *settings: str) -> str
         torch.save(content, src)
     capsys.readouterr()
     given = [word for setting in settings for word in ("--set", setting)]
-    assert main(["torch-to-jax", "--src", str(src), "--out", str(tmp_path / "out"), *given]) == 1
+    assert main(["torch-to-jax", "--src", str(src), "--out", str(tmp_path / "out"), *given]) == 2
     assert not (tmp_path / "out").exists()
     said = capsys.readouterr().err
-    assert said.startswith("convert: ")
+    assert said.startswith("error: ")
     main(["inspect", str(src), *given])
     return said
 

@@ -61,9 +61,9 @@ def run(*arguments: object) -> None:
 def refused(capsys, *arguments: object) -> str:
     """The sentence on stderr; the command must fail and leave nothing of its own."""
     capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 1
+    assert main([str(a) for a in arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("convert: ")
+    assert said.startswith("error: ")
     assert said.count("\n") == 1
     return said
 

@@ -22,11 +22,12 @@ S = TypeVar("S", bound=Section)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `section.key=value` overrides (values are YAML).
+    """Read a YAML file and apply `section.key=value` overrides.
 
+    path: of the file, or the name of one that comes with sam3jax (`find_config`).
     Raises ConfigError naming the key, what was found and what was expected.
     """
-    raw = _read_file(Path(path)) if path is not None else {}
+    raw = _read_file(find_config(path)) if path is not None else {}
     return parse_config(read_settings(overrides, Config, raw), Config)
 
 
@@ -112,11 +113,31 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def find_config(path: str | Path) -> Path:
+    """The file at `path`; for `demo`, `demo.yaml` or `configs/demo.yaml` the one that comes with sam3jax.
+
+    A file of the user goes first. Raises ConfigError where there is neither.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    shipped = _shipped_configs()
+    known = {f.stem: f for f in sorted(shipped.glob("*.yaml"))}
+    if file.parent in (Path(), Path("configs")) and file.suffix in ("", ".yaml") and file.stem in known:  # fmt: skip
+        return known[file.stem]
+    raise ConfigError(
+        f"no config file {path}: give the path of a YAML file, or one of {', '.join(known)}"
+    )
+
+
+def _shipped_configs() -> Path:
+    """`configs` inside an installed package, beside it in a source tree."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
 def _read_file(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(
-            f"no config file {file}: give the path of a YAML file, for example configs/shapes.yaml"
-        )
     try:
         raw = yaml.load(file.read_bytes(), _Loader) or {}
     except (yaml.YAMLError, RecursionError) as error:

@@ -8,7 +8,7 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from sam3jax.config.section import Section, Text
 
-WIDTH, LAYERS, PIXELS = 65536, 1024, 16384
+WIDTH, LAYERS, PIXELS = 65536, 1024, 16384  # more than any model that could be built
 
 
 class SizesFollow(dict):
