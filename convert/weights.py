@@ -27,8 +27,7 @@ from sam3jax.errors import UserError
 from sam3jax.model.init import parameter_shapes
 from sam3jax.weights.names import TEXT, Entry, carried_shapes, entries
 from sam3jax.weights.tensor_file import Tensor, is_float
-
-Path = tuple[str, ...]
+from sam3jax.weights.tree import Path, flatten, unflatten
 
 
 class ConversionError(UserError):
@@ -179,26 +178,6 @@ def torch_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     # A broadcast scalar has the shape and takes no memory.
     back = entry.write(np.broadcast_to(np.int8(0), shape)).shape
     return back if entry.third is None else (3 * back[0], *back[1:])
-
-
-def flatten(tree: Mapping[str, Any], start: Path = ()) -> dict[Path, Any]:
-    """{"a": {"b": x}} -> {("a", "b"): x}."""
-    flat: dict[Path, Any] = {}
-    for key, value in tree.items():
-        path = (*start, key)
-        flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
-    return flat
-
-
-def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """{("a", "b"): x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def narrowed(

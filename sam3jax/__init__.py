@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sam3jax.losses import compute_losses
     from sam3jax.matching import hungarian
     from sam3jax.model import Sam3
-    from sam3jax.predict import Predictor
+    from sam3jax.viewing.predictor import Predictor
 
     __version__: str
 
@@ -21,7 +21,7 @@ __all__ = ["Config", "Predictor", "Sam3", "__version__", "compute_losses", "hung
 
 _PLACES = {
     "Config": "sam3jax.config",
-    "Predictor": "sam3jax.predict",
+    "Predictor": "sam3jax.viewing.predictor",
     "Sam3": "sam3jax.model",
     "compute_losses": "sam3jax.losses",
     "hungarian": "sam3jax.matching",

@@ -18,6 +18,8 @@ from __future__ import annotations
 import jax
 from flax import struct
 
+AXIS = "data"  # the mesh axis over which pictures are split
+
 
 @struct.dataclass
 class Prompts:

@@ -26,14 +26,6 @@ FLOORS = (
     ("demo",),  # trains and evaluates
     ("cli",),
 )
-# Climbs that end when validation and run folders move into their rooms; then each test here passes and
-# this list has to go.
-WAITING = {
-    "sam3jax/train.py",
-    "sam3jax/training/validation.py",
-    "sam3jax/viewing/report.py",
-    "sam3jax/weights/checkpoints.py",
-}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(f.relative_to(ROOT) for f in (ROOT / "sam3jax").rglob("*.py"))
 CONVERT = sorted(f.relative_to(ROOT) for f in (ROOT / "convert").rglob("*.py"))
@@ -67,9 +59,7 @@ def room(module: str) -> str | None:
     return rest.partition(".")[0] if top == "sam3jax" and rest else None
 
 
-@pytest.mark.parametrize("file", [
-    pytest.param(f, marks=pytest.mark.xfail(str(f) in WAITING, strict=True, reason="climbs")) for f in FILES
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("file", FILES, ids=str)
 def test_imports_go_one_way(file):
     own = file.parts[1].removesuffix(".py")
     if own == "__init__":  # the face: names are imported when they are first used

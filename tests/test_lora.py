@@ -12,8 +12,9 @@ from sam3jax.config import Config, ConfigError, LoraConfig, ModelConfig
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
 from sam3jax.training.optim import build_optimizer, learning_rate
+from sam3jax.training.rates import count, multipliers
 from sam3jax.weights.lora import init_lora, linear_layers, merge_lora
-from sam3jax.weights.trainable import count, merge, multipliers, split
+from sam3jax.weights.trainable import merge, split
 from tests.batches import random_batch, small_config, small_params, small_split
 
 VIT = "backbone.vision_backbone.trunk.blocks"

@@ -6,16 +6,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sam3jax import evaluate
 from sam3jax.config import ConfigError, load_config, parse_config
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.data.shapes import shapes_dataset
+from sam3jax.evaluation.ask import evaluate_dataset
 from sam3jax.files import FileError
 from sam3jax.inference.detector import Detector
 from sam3jax.model import Sam3
 from sam3jax.predict import Predictor
-from sam3jax.weights.checkpoints import load_base
+from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import SHIPPED, is_model_folder, locate, open_model_folder
 
 NAME = f"{SHIPPED}tiny_shapes"
@@ -41,15 +41,15 @@ def test_it_finds_and_masks_what_it_was_taught_on_pictures_it_has_not_seen(tmp_p
             "evaluation": {"batch_size": 4},
         }
     )
-    base = load_base(config)
+    base = open_base(config)
     data = shapes_dataset("test", config.data)
     phrases = vocabulary(config.data, data)
     loader = make_eval_loader(
         data, phrases, tokenize(phrases, base.tokenizer), base.config, targets=False
     )
     detector = Detector(Sam3(base.config.model), config.evaluation)
-    found = evaluate.evaluate_dataset(
-        detector, {"params": base.params}, loader, data, config.evaluation
+    found = evaluate_dataset(
+        detector, {"params": base.load().params}, loader, data, config.evaluation
     )
     assert found.metrics["segm/AP50"] > 0.5
     assert found.metrics["false_alarms"] < 0.1
@@ -70,11 +70,11 @@ def test_a_name_that_is_not_shipped_is_an_error_that_names_what_is():
 
 @pytest.mark.parametrize("words", [["model.image_size=84"], ["model.image_size=252", "model.preset=tiny"]])  # fmt: skip
 def test_the_picture_size_is_checked_against_the_window_of_the_weights(words):
-    found = load_base(load_config(None, ["init=shipped:tiny_shapes", *words])).config.model
+    found = open_base(load_config(None, ["init=shipped:tiny_shapes", *words])).config.model
     assert found.window_size == 6
     assert f"model.image_size={found.image_size}" in words
     wrong = load_config(None, ["init=shipped:tiny_shapes", "model.image_size=336", "model.patch_size=7"])  # fmt: skip
     with pytest.raises(ConfigError, match="patch_size 14"):
-        load_base(wrong)
+        open_base(wrong)
     with pytest.raises(ConfigError, match="use a multiple of 84"):
-        load_base(load_config(None, ["init=shipped:tiny_shapes", "model.image_size=1000"]))
+        open_base(load_config(None, ["init=shipped:tiny_shapes", "model.image_size=1000"]))

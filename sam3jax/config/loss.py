@@ -270,6 +270,9 @@ class LossConfig(Section):
     normalize_by_valid_object_num: bool = Field(
         default=False, description="Count only targets whose box has an area."
     )
+    normalize_by_stage_num: bool = Field(
+        default=False, description="Divide the loss of clips by their number of frames."
+    )
     scale_by_find_batch_size: bool = Field(
         default=True,
         description="Multiply the loss by the square root of the number of prompts.",

@@ -204,12 +204,6 @@ class OptimConfig(Section):
         le=1e9,
         description="Largest norm of the gradient; a larger one is scaled down.",
     )
-    accumulate: int = Field(
-        default=1,
-        ge=1,
-        le=1_000_000,
-        description="Steps whose gradients are averaged into one update.",
-    )
     ema: float = Field(
         default=0.0,
         ge=0,
@@ -222,7 +216,7 @@ class EvalConfig(Section):
     """How predictions are made and counted, in validation, evaluate and predict alike."""
 
     batch_size: int = Field(
-        default=2, ge=1, le=100_000, description="Pictures of a batch, in evaluation."
+        default=2, ge=1, le=100_000, description="Pictures that a device looks at at once."
     )
     threshold: float = Field(
         default=0.5, ge=0, le=1, description="Score from which a detection is shown."
@@ -265,6 +259,7 @@ class EvalConfig(Section):
 class Config(Section):
     """A whole run."""
 
+    task: Literal["detect"] = Field(default="detect", description="What is trained.")
     model: ModelConfig = Field(
         default=ModelConfig(), description="Widths, depths and switches of the detector."
     )
@@ -294,7 +289,17 @@ class Config(Section):
     )
     steps: int = Field(default=1000, ge=1, le=BILLION, description="Steps of the training.")
     batch_size: int = Field(
-        default=1, ge=1, le=1_000_000, description="Pictures of a step, over all devices."
+        default=1,
+        ge=1,
+        le=1_000_000,
+        description="Pictures of one update, over all devices and micro-batches.",
+    )
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Pictures that a device holds at once; the gradients of several micro-batches are added up. "
+        "null: batch_size divided by the number of devices.",
     )
     seed: int = Field(
         default=0, ge=0, le=SEEDS, description="Seed of weights, shuffling and augmentation."
@@ -314,9 +319,10 @@ class Config(Section):
     keep: int = Field(
         default=2, ge=1, le=1_000_000, description="Newest checkpoints kept, beside the best one."
     )
-    best_metric: Text = Field(
-        default="segm/AP",
-        description="Metric of the validation that the best checkpoint is best in.",
+    best_metric: Text | None = Field(
+        default=None,
+        description="Metric of the validation that chooses the best checkpoint. null: the task's own, for "
+        "detection segm/AP, or bbox/AP where no mask is annotated.",
     )
     resume: bool = Field(
         default=True,
@@ -332,3 +338,12 @@ class Config(Section):
             if isinstance(model, dict):
                 return {**values, "model": SizesFollow(model)}
         return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.loss.weak_loss and self.micro_batch is not None:
+            raise ValueError(
+                "loss.weak_loss divides by the queries that were matched in the whole batch, which a micro-batch "
+                "cannot know: leave micro_batch out"
+            )
+        return self

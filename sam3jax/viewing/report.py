@@ -23,8 +23,8 @@ from PIL import Image
 from sam3jax.config import ConfigError, load_config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_datasets
+from sam3jax.data.describe import describe
 from sam3jax.data.pictures import DataError, open_rgb
-from sam3jax.doctor import describe
 from sam3jax.files import write_text
 from sam3jax.viewing import draw
 from sam3jax.viewing.page import PAGE

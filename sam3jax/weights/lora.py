@@ -11,9 +11,7 @@ the other blocks have scale 0, are never updated, and are not counted.
 from __future__ import annotations
 
 import fnmatch
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +19,7 @@ import numpy as np
 
 from sam3jax.config import ConfigError, LoraConfig, ModelConfig
 from sam3jax.weights.names import Entry, entries
-
-Tree = dict[str, Any]
-Path = tuple[str, ...]
+from sam3jax.weights.tree import Path, Tree, leaf, put
 
 
 def linear_layers(config: ModelConfig) -> list[Entry]:
@@ -92,15 +88,3 @@ def merge_lora(params: Tree, lora: Tree, lora_scale: Tree) -> Tree:
         return params | {k: fold(params[k], lora[k], scales[k]) for k in lora}
 
     return fold(params, lora, lora_scale)
-
-
-def leaf(tree: Mapping[str, Any], path: Path) -> Any:
-    """The value at a path."""
-    return functools.reduce(lambda node, key: node[key], path, tree)
-
-
-def put(tree: Tree, path: Path, value: Any) -> None:
-    """Set the value at a path, making what lies between."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
