@@ -57,7 +57,7 @@ def _evaluate(parser: Parser) -> None:
 
 def _predict(parser: Parser) -> None:
     parser.description = "Find phrases in pictures."
-    parser.add_argument("pictures", nargs="+", help="files, folders or globs")
+    parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
     source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
@@ -74,14 +74,30 @@ def _predict(parser: Parser) -> None:
     parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
+    video = parser.add_argument_group("videos")
+    video.add_argument("--video", action="store_true", help="each folder named is one video")
+    video.add_argument("--reverse", action="store_true", help="from the last frame to the first")
+    video.add_argument(
+        "--frames-per-device", type=int, default=1, metavar="N", help="at a time, default 1"
+    )
 
 
 def _doctor(parser: Parser) -> None:
     parser.description = "Say what was read from a data set, and what is odd about it."
+    parser.epilog = (
+        "Every split is looked at and every error is printed. The --output folder gets a contact sheet of each "
+        "split, a table of categories, histograms, and doctor.json with every odd entry."
+    )
     parser.add_argument("data", help="folder with pictures and COCO JSON, or the JSON itself")
+    _add_settings(parser)
     parser.add_argument(
         "--decode", action="store_true", help="decode every picture, not only its header"
     )
+    parser.add_argument("--output", default="doctor", metavar="DIR", help="default: doctor")
+    parser.add_argument(
+        "--import", dest="format", choices=IMPORTS, help="first convert data of this format"
+    )
+    parser.add_argument("--out", metavar="COCO_DIR", help="new folder that --import writes")
 
 
 def _report(parser: Parser) -> None:
@@ -103,6 +119,7 @@ def _list_settings(parser: Parser) -> None:
 
 
 DEMO = "configs/demo.yaml"
+IMPORTS = ("yolo", "voc", "labelme", "cvat", "masks")  # sam3jax.data.importers
 PARSERS: dict[str, Callable[[Parser], None]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -112,7 +129,7 @@ PARSERS: dict[str, Callable[[Parser], None]] = {
     "demo": _demo,
     "settings": _list_settings,
 }
-TAKE_SETTINGS = ("train", "demo")
+TAKE_SETTINGS = ("train", "demo", "doctor")
 
 
 def _add_settings(parser: Parser) -> None:

@@ -29,7 +29,9 @@ from sam3jax.errors import exit_status
 from sam3jax.files import make_folder, write_text
 from sam3jax.inference.full_size import Detections
 from sam3jax.options import parse
+from sam3jax.predict_video import predict_videos, wants_video
 from sam3jax.training.mesh import local_mesh
+from sam3jax.video.chunks import ChunkOptions
 from sam3jax.viewing.predictor import Predictor, PromptError
 
 __all__ = ["Detections", "Predictor", "PromptError", "find_pictures", "main"]
@@ -66,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if not options.phrase and not options.box:
         raise PromptError("nothing to look for: give --phrase, or --box around an example")
-    files = find_pictures(options.pictures)
+    film = wants_video(options)
+    files = options.pictures if film else find_pictures(options.pictures)
+    if film and (options.box or options.negative_box or not options.phrase):
+        raise PromptError("a video is asked with --phrase; boxes are for pictures")
     predictor = (
         Predictor.from_model_folder(options.model, mesh=local_mesh())
         if options.model
@@ -75,6 +80,10 @@ def _run(options: argparse.Namespace) -> int:
     for phrase in options.phrase or [VISUAL]:
         predictor.check_phrase(phrase)
     output = make_folder(options.output)
+    if film:
+        chunk = ChunkOptions()._replace(frames_per_device=options.frames_per_device)
+        asked = predictor.of_videos(threshold=options.threshold, options=chunk)
+        return int(bool(predict_videos(asked, files, options, output)))
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")

@@ -118,3 +118,18 @@ class Outputs:
     presence_logits: jax.Array
     pixel_embed: jax.Array
     semantic_logits: jax.Array
+
+
+@struct.dataclass
+class ClipBatch(Batch):
+    """A batch whose pictures are frames of clips, one clip after the other; image_id is the frame.
+
+    clip [I] int32, which clip of the batch; frame [I] int32, its number in the video; stage [I] int32,
+    its place in the clip, 0 first: losses are normalised by stage. object_id [I, M] int32: an object
+    has the same row in all frames of its clip; -1 where the row holds nothing.
+    """
+
+    clip: jax.Array
+    frame: jax.Array
+    stage: jax.Array
+    object_id: jax.Array

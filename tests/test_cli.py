@@ -193,6 +193,13 @@ def test_predict_takes_pictures_before_and_after_its_options():
         assert (options.pictures, options.run, options.phrase) == (["a.png", "b.png"], "r", ["cat"])
 
 
+def test_the_formats_of_the_doctor_are_those_that_can_be_imported():
+    from sam3jax.data.importers import FORMATS
+    from sam3jax.options import IMPORTS
+
+    assert IMPORTS == FORMATS
+
+
 def test_the_page_of_settings_is_what_the_command_prints(capsys):
     assert cli.main(["settings"]) == 0
     said = capsys.readouterr().out

@@ -18,10 +18,12 @@ FLOORS = (
     ("matching",),
     ("losses",),
     ("inference",),
+    ("video",),
     ("viewing",),
     ("evaluation",),
     ("tasks",),
     ("training",),
+    ("predict_video",),  # the half of `predict` for films
     ("train", "evaluate", "predict", "doctor", "report", "settings"),
     ("demo",),  # trains and evaluates
     ("cli",),

@@ -173,7 +173,9 @@ def _typed_section(raw: Mapping[Any, Any], section: type[Section]) -> dict[str, 
 def _typed_field(value: Any, field: FieldInfo) -> Any:
     kind, optional = bare(field.annotation)
     if isinstance(value, _Plain) and (value in _NOTHING or (optional and value == "None")):
-        return {} if section_of(kind) else [] if get_origin(kind) is tuple else None
+        return (
+            {} if section_of(kind) else [] if not optional and get_origin(kind) is tuple else None
+        )
     return _typed(value, kind)
 
 
@@ -185,11 +187,14 @@ def _typed(value: Any, annotation: Any) -> Any:
             return _typed_section(value, inner)
         return {str(k): _typed(v, str) for k, v in value.items()}
     if isinstance(value, list):
-        return [_typed(v, str) for v in value]
+        inner = get_args(kind)[0] if get_origin(kind) is tuple else str
+        return [_typed(v, inner) for v in value]
     if not isinstance(value, str):
         return value
     if get_origin(kind) is tuple:
-        return [str(value)]
+        return [str(value)] if ... in get_args(kind) else str(value)
+    if get_origin(kind) is Literal:
+        return next((choice for choice in get_args(kind) if str(choice) == value), str(value))
     if kind is bool:
         return _SWITCH.get(value.lower(), str(value))
     return _read_number(value, kind) if kind in (int, float) else str(value)
@@ -232,6 +237,8 @@ def _explain(error: Mapping[str, Any], section: type[Section]) -> str:
         return f"config key {name}: {message}" if path else message
     if error["type"] != "value_error":
         field = field_at(path, section)
+        if field is None and len(path) > 1:  # an element of a list or a mapping
+            field = field_at(path[:-1], section)
         message = f"expected {expected(field) if field else 'text'}"
         if field and get_origin(kind := bare(field.annotation)[0]) is Literal:
             close = difflib.get_close_matches(str(error["input"]), map(str, get_args(kind)), n=1)

@@ -55,7 +55,8 @@ def expected(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         words = " or ".join(map(str, get_args(kind)))
     elif get_origin(kind) is tuple:
-        words = "a list of texts"
+        count = 0 if ... in get_args(kind) else len(get_args(kind))
+        words = f"a list of {count} numbers" if count else "a list of texts"
     elif get_origin(kind) is dict:
         words = "a mapping of text to text"
     elif section_of(kind):

@@ -32,8 +32,18 @@ def backend_of(mesh: Mesh) -> str:
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
-    """Every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    """Every leaf on every device; what lies there already stays."""
+    sharding = NamedSharding(mesh, P())
+
+    def put(x: Any) -> jax.Array:
+        there = x.sharding if isinstance(x, jax.Array) else None
+        if there and there.is_fully_replicated and there.device_set == sharding.device_set:
+            return x
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, tree)
 
 
 def micro_batches(config: Config, mesh: Mesh) -> int:

@@ -8,7 +8,7 @@ predictor.draw({"red circle": found}).show()
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 
 from sam3jax.config import EvalConfig
 from sam3jax.data import transforms
+from sam3jax.data.frames import open_frames
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
@@ -27,6 +28,9 @@ from sam3jax.inference.detector import Detector, Variables
 from sam3jax.inference.full_size import Detections, fetch, full_size
 from sam3jax.model import Sam3
 from sam3jax.types import ImageFeatures, Prompts, TextFeatures
+from sam3jax.video.chunks import ChunkOptions
+from sam3jax.video.objects import VideoFrame
+from sam3jax.video.predictor import VideoPredictor
 from sam3jax.viewing.draw import Instance, overlay
 from sam3jax.weights.model_folder import load_model_folder
 from sam3jax.weights.run_folder import read_run
@@ -141,6 +145,35 @@ class Predictor:
             full_size(candidates, row, picture.height, picture.width, **options)
             for row, picture in enumerate(self.pictures)
         ]
+
+    def video(
+        self, frames: Any, phrases: Sequence[str], reverse: bool = False
+    ) -> Iterator[VideoFrame]:
+        """The objects of each frame of a video, with identities: plain tracking by detection.
+
+        frames: a film, a folder of pictures, or arrays [Y, X, 3] uint8 with a length. From the last
+        frame to the first with `reverse`. Raises DataError and PromptError.
+        """
+        for phrase in phrases:
+            self.check_phrase(phrase)
+        if isinstance(frames, str | Path):
+            frames = open_frames(frames)
+        return self.of_videos().objects(frames, phrases, reverse)
+
+    def of_videos(
+        self, *, threshold: float | None = None, options: ChunkOptions | None = None
+    ) -> VideoPredictor:
+        """The same model and thresholds, for videos; frames are spread over all devices.
+
+        threshold: one score for all phrases, instead of those chosen for each.
+        """
+        thresholds, config = self.thresholds, self.config
+        if threshold is not None:
+            thresholds, config = {}, config.model_copy(update={"threshold": threshold})
+        ask = self._detector
+        return VideoPredictor(
+            ask.model, self._variables, self._tokenizer, config, thresholds, options=options or ChunkOptions()
+        )  # fmt: skip
 
     def draw(
         self, found: Mapping[str, Detections], picture: Image.Image | None = None
