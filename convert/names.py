@@ -159,7 +159,7 @@ def from_huggingface(
     for name, parts in pieces.items():
         template = _official_template(name)
         ordered = [parts[i] for i in sorted(parts)]
-        if len(ordered) != len(_official_parts()[template]):
+        if template is None or len(ordered) != len(_official_parts()[template]):
             continue
         if len(ordered) > 1 and (len({t.shape for t in ordered}) > 1 or not ordered[0].shape):
             continue
@@ -176,6 +176,8 @@ def from_huggingface(
 def huggingface_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """{transformers name: shape} of what an official tensor of this shape is there; {} if nothing."""
     template, number = _split(name, _official_parts())
+    if template is None:
+        return {}
     parts = [part.replace("{n}", number) for part in _official_parts()[template]]
     kind = _kinds()[template]
     if kind == "positions":
@@ -269,7 +271,7 @@ def _detector(names: Iterable[str]) -> tuple[str, str] | None:
 def _wrapper(names: Iterable[str]) -> str:
     """What stands before the names of most tensors of a detector; without one, before all tensors."""
     names = list(names)
-    wrappers = Counter(re.match(_ANY_WRAPPERS, name).group() for name in names)
+    wrappers = Counter(m.group() for name in names if (m := re.match(_ANY_WRAPPERS, name)))
     for wrapper, _ in wrappers.most_common():
         if _detector(n.removeprefix(wrapper) for n in names if n.startswith(wrapper)):
             return wrapper

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from convert.huggingface_config import read_huggingface_config
 from convert.names import huggingface_shapes
 from convert.weights import ConversionError
-from sam3jax.config import PRESETS, ModelConfig, explain
+from sam3jax.config import PRESETS, ModelConfig, explain, parse_config
 from sam3jax.weights.names import DECODER, FUSION, GEOMETRY, TEXT, VIT, carried_shapes
 from sam3jax.weights.tensor_file import Tensor
 
@@ -335,7 +335,7 @@ def _unequal_stages(wide: list[Any], depth: int) -> str:
 def _is_preset(found: Mapping[str, Any]) -> str | None:
     """The preset with these widths and depths, if any; what it says of pictures and heads is then true."""
     for preset in PRESETS:
-        config = ModelConfig(preset=preset)
+        config = parse_config({"preset": preset}, ModelConfig)
         known = {**config.model_dump(), "depth": config.vit_stages * config.vit_stage_blocks}
         ignored = {*HUGGINGFACE_SWITCHES, *_UNTOLD, "vit_stages"}
         if all(known[key] == value for key, value in found.items() if key not in ignored):
@@ -346,7 +346,7 @@ def _is_preset(found: Mapping[str, Any]) -> str | None:
 def _guess(found: Mapping[str, Any]) -> dict[str, Any]:
     """Heads, window, picture size and stages: of the preset that fits, else in published proportions."""
     if preset := _is_preset(found):
-        config = ModelConfig(preset=preset)
+        config = parse_config({"preset": preset}, ModelConfig)
         return {key: getattr(config, key) for key in _UNTOLD}
     published = ModelConfig()
 

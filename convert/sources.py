@@ -40,7 +40,7 @@ def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
     leaves: dict[tuple[str, ...], Tensor] = {}
     for name, leaf in tuned.items():
         stored = root.leaves.get(name) if root else None
-        if direct and leaf is before[name]:
+        if stored is not None and direct and leaf is before[name]:
             leaves[name] = stored
         else:
             tensor = Tensor.of(np.asarray(leaf))

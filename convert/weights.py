@@ -145,7 +145,7 @@ def misfits(
     for name, want in dead.items():
         parts = huggingface_shapes(name, want) if stored is not None else {}
         for part, shape in parts.items():
-            check(part, stored.get(part), shape, False)
+            check(part, (stored or {}).get(part), shape, False)
         if not parts:
             check(name, carried.get(name), want, False)
     check(CLASS_POSITION, carried.get(CLASS_POSITION), (1, 1, config.vit_dim), False)

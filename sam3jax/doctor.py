@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def examine(config: Config, options: argparse.Namespace) -> int:
     """Read every split, say what was found, write the folder; the exit code."""
-    path = config.data.train
+    path = config.data.train or ""
     files = find_splits(path)
     splits: dict[str, Dataset] = {}
     errors: list[str] = []
@@ -89,7 +89,7 @@ def examine(config: Config, options: argparse.Namespace) -> int:
 def _read(config: Config, split: str, decode: bool) -> Dataset:
     data = config.data
     dataset = read_dataset(
-        data.train, split, allow_outside=data.allow_outside, reading=reading_of(data)
+        data.train or "", split, allow_outside=data.allow_outside, reading=reading_of(data)
     )
     if decode:
         for image in dataset.images:

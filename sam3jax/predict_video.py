@@ -40,7 +40,10 @@ def wants_video(options: argparse.Namespace) -> bool:
 
 
 def predict_videos(
-    predictor: VideoPredictor, paths: Sequence[str], options: argparse.Namespace, output: Path
+    predictor: VideoPredictor,
+    paths: Sequence[str | Path],
+    options: argparse.Namespace,
+    output: Path,
 ) -> int:
     """Ask every phrase of every video and write the files; how many videos failed, each named."""
     names: set[str] = set()

@@ -16,13 +16,14 @@ beside it and must never change a result.
 from __future__ import annotations
 
 import jax
+import numpy as np
 from flax import struct
 
+Array = jax.Array | np.ndarray  # what a loader returns is numpy, what a step works on is jax
 AXIS = "data"  # the mesh axis over which pictures are split
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
     """What is asked of each picture: phrases, with optional box exemplars.
 
     text_id [I, P] int32, the row of the phrase in the tokens or text features beside it.
@@ -32,15 +33,14 @@ class Prompts:
     box_valid [I, P, G] bool.
     """
 
-    text_id: jax.Array
-    valid: jax.Array
-    boxes: jax.Array
-    box_labels: jax.Array
-    box_valid: jax.Array
+    text_id: Array
+    valid: Array
+    boxes: Array
+    box_labels: Array
+    box_valid: Array
 
 
-@struct.dataclass
-class Targets:
+class Targets(struct.PyTreeNode):
     """What is true of each picture, stored once per instance; prompts point into it.
 
     boxes [I, M, 4]; masks [I, M, Y, ceil(X / 8)] uint8, rows packed by `np.packbits` (big bit order).
@@ -50,16 +50,15 @@ class Targets:
     is_exhaustive [I, P] bool, False where the picture may hold unlabelled instances of the phrase.
     """
 
-    boxes: jax.Array
-    masks: jax.Array
-    mask_valid: jax.Array
-    index: jax.Array
-    num_targets: jax.Array
-    is_exhaustive: jax.Array
+    boxes: Array
+    masks: Array
+    mask_valid: Array
+    index: Array
+    num_targets: Array
+    is_exhaustive: Array
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """One training or validation step's worth of pictures.
 
     images [I, Y, X, 3] uint8, RGB, normalised on the device.
@@ -68,31 +67,28 @@ class Batch:
     image_id [I] int32, the row of the picture in its data set.
     """
 
-    images: jax.Array
-    tokens: jax.Array
+    images: Array
+    tokens: Array
     prompts: Prompts
     targets: Targets
-    image_valid: jax.Array
-    image_id: jax.Array
+    image_valid: Array
+    image_id: Array
 
 
-@struct.dataclass
-class TextFeatures:
+class TextFeatures(struct.PyTreeNode):
     """Encoded phrases: features [V, N, D]; valid [V, N] bool, False for padding tokens."""
 
     features: jax.Array
     valid: jax.Array
 
 
-@struct.dataclass
-class ImageFeatures:
+class ImageFeatures(struct.PyTreeNode):
     """Backbone output, finest first: levels of [I, Y/4.., X/4.., D], strides 1/4, 1/2, 1 of a patch."""
 
     levels: tuple[jax.Array, ...]
 
 
-@struct.dataclass
-class Detections:
+class Detections(struct.PyTreeNode):
     """What one group of queries predicts, every decoder layer (the last one is the answer).
 
     logits [L, B, Q]; boxes [L, B, Q, 4]; mask_embed [B, Q, D], last layer only: the mask logits of
@@ -104,8 +100,7 @@ class Detections:
     mask_embed: jax.Array
 
 
-@struct.dataclass
-class Outputs:
+class Outputs(struct.PyTreeNode):
     """What the detector returns for B = I * P pairs, pair b = image b // P, prompt b % P.
 
     o2o: the one-to-one queries. o2m: the one-to-many queries, in training only, else None.
@@ -120,7 +115,6 @@ class Outputs:
     semantic_logits: jax.Array
 
 
-@struct.dataclass
 class ClipBatch(Batch):
     """A batch whose pictures are frames of clips, one clip after the other; image_id is the frame.
 
@@ -129,7 +123,7 @@ class ClipBatch(Batch):
     has the same row in all frames of its clip; -1 where the row holds nothing.
     """
 
-    clip: jax.Array
-    frame: jax.Array
-    stage: jax.Array
-    object_id: jax.Array
+    clip: Array
+    frame: Array
+    stage: Array
+    object_id: Array

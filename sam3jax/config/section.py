@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, dataclass_transform
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sam3jax.errors import UserError
 
@@ -16,7 +16,12 @@ class ConfigError(UserError):
     """A setting is wrong. The message names it, and says what was expected and what to do."""
 
 
-class Section(BaseModel):
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+class _Meta(type(BaseModel)):
+    """Tells type checkers what `frozen` in model_config does: sections can be hashed."""
+
+
+class Section(BaseModel, metaclass=_Meta):
     """A group of settings: immutable and hashable, so that a jitted function may take it.
 
     Types are strict: `batch_size=True` and `steps="10"` are errors. Text from a file or a command line is

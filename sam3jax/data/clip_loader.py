@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import grain
 import numpy as np
@@ -22,9 +23,11 @@ from sam3jax.data.clips import (
     questions_of_clip,
 )
 from sam3jax.data.coco import decode_mask
-from sam3jax.data.loader import _ENDLESS, Arrays, TrainLoader, _local_size, _run
+from sam3jax.data.examples import Arrays
+from sam3jax.data.loader import _ENDLESS, TrainLoader, _Rows
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import VISUAL, Question, Shapes
+from sam3jax.data.streams import run_ahead
 from sam3jax.data.videos import VideoDataset
 from sam3jax.types import ClipBatch, Prompts, Targets
 
@@ -51,7 +54,8 @@ def make_clip_loader(
             f"{sampling.frames}: use a multiple of clips.frames"
         )
     clips = config.batch_size // sampling.frames
-    local = _local_size(clips, process_count, "batch_size / clips.frames")
+    rows = _Rows(clips, process_index, process_count, "batch_size / clips.frames")
+    local = len(rows(0))
     order = grain.MapDataset.range(len(dataset.videos)).seed(config.seed).shuffle().repeat()
     batch_of = partial(
         _clip_batch,
@@ -69,7 +73,7 @@ def make_clip_loader(
     identity = {"videos": len(dataset.videos), "frames": sampling.frames, "seed": config.seed}
 
     def stream(start: int) -> Iterator[ClipBatch]:
-        for arrays in _run(batch_of, start, _ENDLESS, config.data.workers):
+        for arrays in run_ahead(batch_of, start, _ENDLESS, config.data.workers):
             yield clip_batch(arrays, tokens)
 
     return TrainLoader(stream, config.batch_size, identity)
@@ -96,7 +100,7 @@ def clip_arrays(
     rows = []
     for step, (frame, transform) in enumerate(zip(clip.frames, clip.transforms, strict=True)):
         size_x, size_y = transform.canvas
-        out: Arrays = {
+        out: dict[str, Any] = {
             "images": transforms.move_picture(transform, clip.video.frames[frame]),
             "text_id": np.zeros(P, np.int32),
             "valid": np.zeros(P, bool),
@@ -178,7 +182,7 @@ def _clip_batch(
     *,
     dataset: VideoDataset,
     names: dict[int, str],
-    order: grain.MapDataset,
+    order: Any,  # a grain.MapDataset of rows
     text_ids: dict[str, int],
     config: Config,
     sampling: Sampling,

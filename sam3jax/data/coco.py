@@ -132,7 +132,7 @@ class _Reader:
             self.found[row].append(annotation)
 
     def _annotation(
-        self, item: dict, record: ImageRecord, category: int, where: tuple
+        self, item: dict, record: ImageRecord, category: int, where: tuple[str, Any]
     ) -> Annotation | None:
         ledger = self._ledger
         segmentation, extent, stated = read_segmentation(
@@ -166,7 +166,7 @@ class _Reader:
             area=area or placed[2] * placed[3],
         )
 
-    def _is_new(self, annotation: Annotation, row: int, where: tuple) -> bool:
+    def _is_new(self, annotation: Annotation, row: int, where: tuple[str, Any]) -> bool:
         """False for a copy that came in with a second entry of the same file; other copies are said."""
         key = key_of(annotation.id)
         if key is not None:

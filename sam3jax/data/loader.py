@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,8 @@ class TrainLoader:
 
     def __init__(self, stream: Callable[[int], Iterator[Batch]], batch_size: int, identity: dict):
         self._stream, self._batch_size, self._identity = stream, batch_size, identity
-        self._next, self._iterator = 0, None
+        self._next = 0
+        self._iterator: Any = None  # of the stream, a generator
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -212,7 +214,7 @@ class _TrainBatch:
             masks=config.loss.reads_masks,
             change=draw_change(np.random.default_rng((config.seed, turn, row, 2)), config.data),
         )
-        return {**arrays, "image_id": np.int32(row), "image_valid": np.True_}
+        return {**arrays, "image_id": np.array(row, np.int32), "image_valid": np.array(True)}
 
 
 class _EvalBatch:
@@ -268,4 +270,4 @@ class _EvalBatch:
         arrays = example(
             record, questions, transform, self._text_ids, self._shapes, masks=self._masks
         )
-        return {**arrays, "image_id": np.int32(row), "image_valid": np.bool_(real)}
+        return {**arrays, "image_id": np.array(row, np.int32), "image_valid": np.array(real)}

@@ -62,7 +62,8 @@ class Header:
 
     @property
     def displayed(self) -> tuple[int, int]:
-        return self.size[::-1] if self.orientation in _TURNED else self.size
+        width, height = self.size
+        return (height, width) if self.orientation in _TURNED else (width, height)
 
 
 DEFAULT = Reading()
@@ -213,7 +214,7 @@ def _open(file: Path, megapixels: float) -> Image.Image:
 def _read_heic() -> bool:
     """Let Pillow read the pictures of iPhones, where pillow-heif is installed."""
     try:
-        import pillow_heif
+        import pillow_heif  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
     pillow_heif.register_heif_opener()
@@ -257,7 +258,7 @@ def _deep(image: Image.Image) -> str:
     if image.mode.startswith(("I", "F")):
         return "grey"
     # Pillow keeps the upper byte of sixteen-bit colours.
-    return "colour" if any(";16" in str(tile[3]) for tile in image.tile) else ""
+    return "colour" if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) else ""
 
 
 def _rgb(image: Image.Image, file: Path, window: Window | None) -> Image.Image:
@@ -270,7 +271,7 @@ def _rgb(image: Image.Image, file: Path, window: Window | None) -> Image.Image:
         rgb.paste(clear, mask=clear.getchannel("A"))
     else:
         rgb = image.convert("RGB")
-    if deep and 0 < max(high for _, high in rgb.getextrema()) < _BLACK:
+    if deep and 0 < np.max(rgb.getextrema()) < _BLACK:
         raise DataError(
             f"picture {file} has colours of sixteen bits of which only the lower ones are used, so that "
             f"it is all but black when read: save it with eight bits"

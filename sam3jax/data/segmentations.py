@@ -18,6 +18,7 @@ from sam3jax.data.numbers import whole
 
 Polygons = tuple[np.ndarray, ...]  # each [2 n] float64: x y x y ..., pixels
 Rle = Mapping[str, Any]  # {"size": [height, width], "counts": bytes}, compressed
+Where = tuple[str, Any]  # the file and the id that the ledger names
 Extent = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 _NOT_RLE = frozenset("\"', ")  # are in no compressed RLE, whose characters are 0 to o
@@ -34,7 +35,7 @@ def decode_segmentation(segmentation: Polygons | Rle | None, height: int, width:
 
 
 def read_segmentation(
-    value: Any, width: int, height: int, ledger: Ledger, where: tuple = ()
+    value: Any, width: int, height: int, ledger: Ledger, where: Where = ("", None)
 ) -> tuple[Polygons | Rle | None, Extent | None, bool]:
     """A segmentation that pycocotools can decode, or None; its extent, or None; was one stated?
 
@@ -55,7 +56,8 @@ def read_segmentation(
         return None, None, any(parts)
     if other_form:
         ledger.add("mask written in another form than COCO's (read)", *where)
-    return *found, True
+    segmentation, extent = found
+    return segmentation, extent, True
 
 
 def segmentation_area(
@@ -76,7 +78,7 @@ def _drawn(polygons: Polygons, height: int, width: int) -> Rle:
 
 
 def _polygons(
-    parts: list, width: int, height: int, ledger: Ledger, where: tuple
+    parts: list, width: int, height: int, ledger: Ledger, where: Where
 ) -> tuple[Polygons, Extent] | None:
     found = [p for part in parts if (p := _polygon(part, width, height, ledger, where)) is not None]
     if not found:
@@ -91,7 +93,7 @@ def _polygons(
     return tuple(found), (left, top, right, bottom)
 
 
-def _polygon(part: Any, width: int, height: int, ledger: Ledger, where: tuple) -> np.ndarray | None:
+def _polygon(part: Any, width: int, height: int, ledger: Ledger, where: Where) -> np.ndarray | None:
     try:
         polygon = np.array(part, np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -115,7 +117,7 @@ def _shoelace(polygon: np.ndarray) -> float:
 
 
 def _rles(
-    parts: list, width: int, height: int, ledger: Ledger, where: tuple
+    parts: list, width: int, height: int, ledger: Ledger, where: Where
 ) -> tuple[Rle, Extent] | None:
     """One RLE of all parts together."""
     found = [rle for part in parts if (rle := _rle(part, width, height, ledger, where)) is not None]
@@ -126,7 +128,7 @@ def _rles(
     return rle, (x, y, x + w, y + h)
 
 
-def _rle(value: dict, width: int, height: int, ledger: Ledger, where: tuple) -> Rle | None:
+def _rle(value: dict, width: int, height: int, ledger: Ledger, where: Where) -> Rle | None:
     rows, columns = _size(value.get("size", (height, width)))
     counts = value.get("counts")
     if isinstance(counts, str) and set(counts) & _NOT_RLE:

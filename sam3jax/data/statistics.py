@@ -39,12 +39,10 @@ def category_table(splits: Mapping[str, Dataset]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"category": printable(name)}
         for split in splits:
             found = edges[key][split]
-            quartiles = np.quantile(found, (0.25, 0.5, 0.75)).tolist() if found else [None] * 3
+            quartiles = np.quantile(found, (0.25, 0.5, 0.75)).tolist() if found else []
             row[f"{split} pictures"] = pictures[key][split]
             row[f"{split} instances"] = len(found)
-            row[f"{split} box edge % (25/50/75)"] = (
-                "/".join(f"{100 * q:.1f}" for q in quartiles) if found else ""
-            )
+            row[f"{split} box edge % (25/50/75)"] = "/".join(f"{100 * q:.1f}" for q in quartiles)
         rows.append(row)
     total = lambda row: sum(row[f"{split} instances"] for split in splits)
     return sorted(rows, key=total, reverse=True)

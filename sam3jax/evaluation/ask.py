@@ -145,7 +145,9 @@ def evaluate_run(
     config = run.config
     phrases = vocabulary(config.data, dataset)
     tokens = tokenize(phrases, run.tokenizer)
-    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    process: dict[str, Any] = dict(
+        process_index=jax.process_index(), process_count=jax.process_count()
+    )
     size = config.evaluation.batch_size * detector.mesh.size * process["process_count"]
     loader = make_eval_loader(
         dataset, phrases, tokens, config, targets=False, batch_size=size, **process

@@ -7,7 +7,7 @@ shares add up to the loss of the batch, equal to torch on one process.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -21,7 +21,7 @@ from sam3jax.losses.semantic import semantic_losses
 from sam3jax.losses.totals import Divisors, Stages, Totals, count_totals, divisors, stages_of
 from sam3jax.losses.truth import Truth, at_least_one_mask, gather_truth, visible
 from sam3jax.matching import hungarian, match_cost, match_one_to_many
-from sam3jax.types import Detections, Outputs, Targets
+from sam3jax.types import Array, Detections, Outputs, Targets
 
 KINDS = {
     "loss_bbox": "bbox", "loss_giou": "giou", "loss_ce": "ce", "presence_loss": "presence",
@@ -110,7 +110,9 @@ def loss_shares(
     shares: dict[str, jax.Array] = {}  # [S] each
     counts: dict[str, jax.Array] = {}
     names = [f"_aux_{i}" for i in range(len(outputs.o2o.logits) - 1)] + [""]
-    groups = [(outputs.o2o, matches.o2o, outputs.presence_logits, 1.0, "")]
+    groups: list[tuple[Detections, Any, jax.Array | None, float, str]] = [
+        (outputs.o2o, matches.o2o, outputs.presence_logits, 1.0, "")
+    ]
     if outputs.o2m is not None:
         groups.append((outputs.o2m, matches.o2m, None, config.o2m_weight, "_o2m"))
     for detections, queries, presence_logits, weight, suffix in groups:
@@ -135,7 +137,7 @@ def loss_shares(
         counts["miou_semantic_seg"] = overlaps.sum()
 
     weights = {key: getattr(config, key) for key in KINDS}
-    total = sum(weights[kind] * shares[key] for key, kind in _weighted(shares))  # [S]
+    total: Any = sum(weights[kind] * shares[key] for key, kind in _weighted(shares))  # [S]
     if config.scale_by_find_batch_size:
         total = total * jnp.sqrt(norm.prompts)
     total = total.sum()
@@ -300,7 +302,7 @@ def _mask_losses(
     outputs: Outputs,
     matches: Matches,
     truth: Truth,
-    masks: jax.Array,
+    masks: Array,
     norm: Divisors,
     by: Stages,
     config: LossConfig,
@@ -360,7 +362,7 @@ def mask_pairs(
     ), dropped
 
 
-def _pair_keys(rng: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def _pair_keys(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A key for each (prompt, target, rank), the same however far the axes are padded."""
     fold = jax.random.fold_in
     one = lambda b, t, k: fold(fold(fold(rng, b), t), k)

@@ -5,6 +5,7 @@ Parameters are float32; each layer casts them to `dtype` for the product and acc
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -138,7 +139,7 @@ class Conv(nn.Module):
             y = dot(x, kernel[0, 0])
         else:
             y = jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), [(self.padding,) * 2] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x, kernel, (1, 1), [(self.padding, self.padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )  # fmt: skip
         return y + bias.astype(self.dtype)
 
@@ -177,4 +178,5 @@ def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array
 
 def zero_like(*arrays: jax.Array) -> jax.Array:
     """A float32 0 that varies over the mesh of shard_map as all of these do together."""
-    return sum(jnp.zeros_like(a.ravel()[0]).astype(jnp.float32) for a in arrays)
+    zeros = (jnp.zeros_like(a.ravel()[0]).astype(jnp.float32) for a in arrays)
+    return functools.reduce(jnp.add, zeros)

@@ -98,7 +98,7 @@ class Sam3(nn.Module):
 
         text_id = prompts.text_id.reshape(i * p)
         boxes, labels, box_valid = (
-            x.reshape(i * p, *x.shape[2:])
+            jnp.asarray(x).reshape(i * p, *x.shape[2:])
             for x in (prompts.boxes, prompts.box_labels, prompts.box_valid)
         )
         geometry, geometry_valid = self.geometry_encoder(boxes, labels, box_valid, finest, position)

@@ -59,7 +59,7 @@ def make_train_step(
 
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        new = optax.apply_updates(state.trainable, updates)
+        new: Any = optax.apply_updates(state.trainable, updates)
         averaged = None if state.ema is None else moving_average(state, new, ema)
         new = TrainState(state.step + 1, new, opt_state, averaged, state.skipped)
         old = state.replace(step=state.step + 1, skipped=state.skipped + 1)

@@ -86,7 +86,7 @@ def overlay(
     shades = [colour(k if i.number is None else i.number) for k, i in enumerate(instances)]
     for k in order:
         _paint_mask(image, instances[k].mask, shades[k], line)
-    boxes = [tuple(float(v) * scale for v in instance.box) for instance in instances]
+    boxes = [_scaled(instance.box, scale) for instance in instances]
     pen = ImageDraw.Draw(image)
     for k in order:
         _paint_box(pen, boxes[k], shades[k], line)
@@ -309,7 +309,7 @@ def _paint_mask(image: Image.Image, mask: Any, shade: Colour, line: int) -> None
     # COCO's arrays run down the columns: seen sideways they need no copy, which counts at 100 MB.
     sideways = Image.fromarray(np.ascontiguousarray(pixels.T).astype(np.uint8, copy=False))
     if sideways.size != image.size[::-1]:  # 0 and 1, averaged and rounded: half covered or more
-        sideways = sideways.resize(image.size[::-1], Image.Resampling.BILINEAR)
+        sideways = sideways.resize((image.height, image.width), Image.Resampling.BILINEAR)
     whole = sideways.transpose(Image.Transpose.TRANSPOSE).point(lambda v: 255 * v)
     extent = whole.getbbox()
     if extent is None:
@@ -337,6 +337,11 @@ def _grown(mask: np.ndarray, by: int) -> np.ndarray:
             wide[:-step] |= mask[step:]
         mask = wide.T
     return mask
+
+
+def _scaled(box: Box, scale: float) -> Box:
+    left, top, right, bottom = (float(v) * scale for v in box)
+    return left, top, right, bottom
 
 
 def _paint_box(pen: ImageDraw.ImageDraw, box: Box, shade: Colour, line: int) -> None:

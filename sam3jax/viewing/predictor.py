@@ -117,8 +117,10 @@ class Predictor:
         boxes: "like this", negative_boxes: "not like this", each left, top, width, height in pixels
         of the picture. Raises PromptError.
         """
-        options = dict(boxes=boxes, negative_boxes=negative_boxes, threshold=threshold)
-        return self.predict_all(phrase, **options)[0]
+        found = self.predict_all(
+            phrase, boxes=boxes, negative_boxes=negative_boxes, threshold=threshold
+        )
+        return found[0]
 
     def predict_all(
         self,
@@ -140,9 +142,16 @@ class Predictor:
         if threshold is None:
             threshold = self.thresholds.get(phrase or VISUAL, self.config.threshold)
         candidates = fetch(candidates, threshold)
-        options = dict(floor=threshold, mask_threshold=self.config.mask_threshold)
+        pixel = self.config.mask_threshold
         return [
-            full_size(candidates, row, picture.height, picture.width, **options)
+            full_size(
+                candidates,
+                row,
+                picture.height,
+                picture.width,
+                floor=threshold,
+                mask_threshold=pixel,
+            )
             for row, picture in enumerate(self.pictures)
         ]
 
@@ -189,7 +198,7 @@ class Predictor:
         picture = picture or self.picture
         if picture is None:
             raise PromptError("no picture yet: call set_image first")
-        return overlay(picture, sorted(instances, key=lambda i: -i.score))
+        return overlay(picture, sorted(instances, key=lambda i: -(i.score or 0.0)))
 
     def check_phrase(self, phrase: str) -> None:
         """Raise PromptError for a phrase that the model cannot read whole."""

@@ -115,8 +115,9 @@ def _place(name: str) -> tuple[str, str]:
         return f"{prefix} by size", last
     if prefix or name in _TOGETHER:
         return prefix or _TOGETHER[name], last
-    base, layer = re.fullmatch(r"(.+?)((?:_aux_\d+)?(?:_o2m)?)", name).groups()
-    return base, layer.replace("_", " ").strip() or name
+    layer = re.search(r"(_aux_\d+)?(_o2m)?$", name)
+    where = layer.group() if layer else ""
+    return name.removesuffix(where), where.replace("_", " ").strip() or name
 
 
 def _rank(chart: str) -> int:

@@ -283,11 +283,11 @@ def _simple(
 def _expand(torch: str, huggingface: str, flax: str, kind: str, c: ModelConfig) -> Iterator[Entry]:
     for torch_row, huggingface_row, flax_row, part in _simple(torch, huggingface, flax, kind):
         for number, place, slot in _slots(torch_row, flax_row, c):
-            names = (
+            torch_name, huggingface_name = (
                 n.replace("{block}", number).replace("{layer}", number)
                 for n in (torch_row, huggingface_row)
             )
-            yield from _leaves(*names, place, part, slot)
+            yield from _leaves(torch_name, huggingface_name, place, part, slot)
 
 
 def _leaves(

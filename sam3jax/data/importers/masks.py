@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -78,7 +79,8 @@ def _values(file: Path) -> np.ndarray:
 
 
 def _instances(label: str, where: np.ndarray, ledger: Ledger, name: str) -> list[Instance]:
-    parts = ndimage.label(where, np.ones((3, 3)))[0]
+    labelled: Any = ndimage.label(where, np.ones((3, 3)))
+    parts = labelled[0]
     found = []
     for k, frame in enumerate(ndimage.find_objects(parts), 1):
         part = np.zeros(where.shape, np.uint8, order="F")
