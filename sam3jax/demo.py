@@ -28,7 +28,6 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 
 from sam3jax.config import load_config
 from sam3jax.data.coco import Dataset
-from sam3jax.data.pictures import open_rgb
 from sam3jax.data.shapes import shapes_dataset
 from sam3jax.errors import exit_status
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
@@ -101,7 +100,7 @@ def _draw(run: Run, data: Dataset, found: dict[str, Evaluation]) -> Any:
             here = [p for p in evaluation.predictions if p["image_id"] == record.id]
             threshold = run.config.evaluation.threshold
             parts.append((name, draw.found_instances(here, data.categories, threshold)))
-        rows.append(draw.panels(open_rgb(record.file), parts, height=300))
+        rows.append(draw.panels(record.open(), parts, height=300))
     return draw.column(rows)
 
 

@@ -28,15 +28,17 @@ from sam3jax.data.describe import compare, describe
 from sam3jax.data.folders import ONLY, find_splits, match_split, read_dataset
 from sam3jax.data.importers import import_dataset
 from sam3jax.data.ledger import DataError
+from sam3jax.data.pictures import is_black
 from sam3jax.data.records import Dataset
 from sam3jax.data.statistics import category_table, same_pictures, summary
 from sam3jax.errors import exit_status
 from sam3jax.files import FileError, make_folder, write_json
 from sam3jax.options import parse
-from sam3jax.viewing.data_sheets import contact_sheet, histograms
+from sam3jax.viewing.data_sheets import choose, contact_sheet, histograms
 
 __all__ = ["describe", "main"]
 
+_SHEET = 16  # pictures of a contact sheet
 _SAME = 5  # equal pictures that are named
 
 
@@ -50,19 +52,20 @@ def _run(options: argparse.Namespace) -> int:
     if options.format:
         return _import(options)
     config = load_config(None, options.overrides)
-    data = config.data.model_copy(update={"train": str(options.data)})
-    return examine(config.model_copy(update={"data": data}), options)
+    path = str(options.data)
+    data = config.data.model_copy(update={"train": path})
+    return examine(config.model_copy(update={"data": data}), path, options)
 
 
-def examine(config: Config, options: argparse.Namespace) -> int:
-    """Read every split, say what was found, write the folder; the exit code."""
-    path = config.data.train or ""
+def examine(config: Config, path: str, options: argparse.Namespace) -> int:
+    """Read every split of config.data.train, which is `path`, say what was found, write the folder;
+    the exit code."""
     files = find_splits(path)
     splits: dict[str, Dataset] = {}
     errors: list[str] = []
     for split, file in files.items():
         try:
-            splits[split] = _read(config, split, options.decode)
+            splits[split] = _read(config, path, split, options.decode)
         except DataError as error:
             errors.append(str(error))
             continue
@@ -86,11 +89,9 @@ def examine(config: Config, options: argparse.Namespace) -> int:
     return 2 if errors else 0
 
 
-def _read(config: Config, split: str, decode: bool) -> Dataset:
+def _read(config: Config, path: str, split: str, decode: bool) -> Dataset:
     data = config.data
-    dataset = read_dataset(
-        data.train or "", split, allow_outside=data.allow_outside, reading=reading_of(data)
-    )
+    dataset = read_dataset(path, split, allow_outside=data.allow_outside, reading=reading_of(data))
     if decode:
         for image in dataset.images:
             image.open()
@@ -132,7 +133,7 @@ def _same_pictures(train: Dataset, valid: Dataset) -> list[str]:
 
 def _write(
     folder: Path,
-    path: str | None,
+    path: str,
     files: dict[str, Path],
     splits: dict[str, Dataset],
     notes: list[str],
@@ -145,7 +146,10 @@ def _write(
         make_folder(folder)
         for split, dataset in splits.items():
             try:
-                contact_sheet(dataset).save(folder / f"{split}.jpg", quality=88)
+                chosen = choose(dataset, _SHEET)
+                if dark := [r.file.name for r in chosen if is_black(r.open())]:
+                    print(f"  all but black: {', '.join(dark)}; does data.window fit their values?")
+                contact_sheet(dataset, chosen).save(folder / f"{split}.jpg", quality=88)
             except DataError as error:
                 found.append(str(error))
         histograms(splits, folder / "histograms.png")
@@ -161,7 +165,7 @@ def _write(
 
 def _write_tables(
     folder: Path,
-    path: str | None,
+    path: str,
     files: dict[str, Path],
     splits: dict[str, Dataset],
     notes: list[str],
@@ -169,7 +173,7 @@ def _write_tables(
 ) -> None:
     table = category_table(splits)
     report: dict[str, Any] = {
-        "data": str(path),
+        "data": path,
         "errors": errors,
         "notes": notes,
         "splits": {s: {"file": str(files[s]), **summary(d)} for s, d in splits.items()},

@@ -69,13 +69,14 @@ def train(config: Config) -> dict[str, Any]:
     chief = jax.process_index() == 0
     checkpoints = Checkpoints(run, keep=config.keep)
     state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
-    untrained = state
+    untrained = state.trainable
     if (found := checkpoints.latest()) is not None:
         state = restore(checkpoints, found, state)
         loader.set_state(checkpoints.about(found)["data"])
     first = int(state.step)
     if first >= config.steps and (run / "summary.json").is_file():
-        print(f"{run} is finished: {first} of {config.steps} steps; raise `steps` to train on")
+        if chief:
+            print(f"{run} is finished: {first} of {config.steps} steps; raise `steps` to train on")
         checkpoints.close()
         return json.loads((run / "summary.json").read_text())
     validated = checkpoints.validation(first) is not None

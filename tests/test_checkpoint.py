@@ -122,12 +122,25 @@ def test_the_best_checkpoint_is_asked_of_the_checkpoints(tmp_path):
     found.close()
 
 
-def test_a_run_of_the_version_before_is_refused_with_what_to_do(tmp_path):
+def test_a_run_of_the_version_before_is_refused_with_what_to_do_and_stays_as_it_is(tmp_path):
+    """As version 0.1 left it: a setting that is gone, one item for the whole state, metrics by orbax."""
     model, run = tmp_path / "model", tmp_path / "run"
     write_model(model, seed=0)
-    write_run(run, init=model)
-    (run / "checkpoints" / "0" / "about").rename(run / "checkpoints" / "0" / "data")
-    with pytest.raises(
-        ConfigError, match=r"written by sam3jax 0\.1 .*convert jax-to-torch.*train again"
-    ):
+    run.mkdir()
+    text = f"init: {model}\noutput: {run}\nsteps: 2\noptim:\n  accumulate: 1\n"
+    (run / "config.yaml").write_text(text)
+    for item in ("data", "metrics", "state"):
+        (run / "checkpoints" / "2" / item).mkdir(parents=True)
+    refused = r"written by sam3jax 0\.1 .*convert jax-to-torch.*train again into another output"
+    with pytest.raises(ConfigError, match=refused):
         read_run(run)
+    with pytest.raises(ConfigError, match=refused):
+        open_base(settings(tmp_path / "next", run))
+    with pytest.raises(ConfigError, match=refused):
+        open_run_folder(open_base(settings(run, model)).config, "any")
+    assert (run / "config.yaml").read_text() == text
+
+
+def test_a_setting_that_is_gone_says_what_stands_in_its_place():
+    with pytest.raises(ConfigError, match=r"optim\.accumulate is gone: .*micro_batch"):
+        parse_config({"optim": {"accumulate": 4}})

@@ -213,6 +213,13 @@ def _read_number(text: str, kind: type) -> int | float | str:
     return int(number) if kind is int and number.is_integer() else number
 
 
+# Settings of earlier versions: what stands in their place.
+_GONE = {
+    "optim.accumulate": "batch_size now counts the pictures of one update, and micro_batch those that a device "
+    "holds at once: batch_size 1 with accumulate 4 is batch_size=4 micro_batch=1, with a quarter of the steps",
+}
+
+
 def explain(error: ValidationError, section: type[Section]) -> list[str]:
     """The errors as sentences: the key, what was expected, what was found."""
     return [_explain(dict(e), section) for e in error.errors()]
@@ -221,6 +228,8 @@ def explain(error: ValidationError, section: type[Section]) -> list[str]:
 def _explain(error: Mapping[str, Any], section: type[Section]) -> str:
     path = [str(part) for part in error["loc"] if part != "[key]"]
     name = ".".join(path) or "config"
+    if name in _GONE:
+        return f"config key {name} is gone: {_GONE[name]}"
     if error["type"] == "extra_forbidden":
         holder = field_at(path[:-1], section) if len(path) > 1 else None
         inner = (section_of(holder.annotation) if holder else None) or section

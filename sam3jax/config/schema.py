@@ -168,13 +168,13 @@ class DataConfig(Section):
         default=0.0,
         ge=0,
         le=10,
-        description="Largest Gaussian radius, in pixels of the model's picture.",
+        description="Largest Gaussian radius, in pixels of the model's picture; a quarter of the pictures.",
     )
     noise: float = Field(
         default=0.0,
         ge=0,
         le=100,
-        description="Largest standard deviation of noise, of 255 grey levels.",
+        description="Largest standard deviation of noise, of 255 grey levels; a quarter of the pictures.",
     )
     workers: int = Field(
         default=0, ge=0, le=256, description="Loader processes. 0: load in the main process."

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.ledger import DataError, Ledger, Where
 from sam3jax.data.numbers import number
 
 Box = tuple[float, float, float, float]  # left, top, width, height, pixels
@@ -22,6 +22,7 @@ _NEARLY_ALL = 0.95
 _OVER = 0.1  # share of boxes over the picture's edge from which another convention is looked for
 _MISFIT = 0.3  # share of boxes that miss their masks from which another convention is looked for
 _IN_PIXELS = 4  # readings, the first ones, that need no mask to be told apart
+_NONE = (float("nan"),) * 4
 _COCO = "left, top, width, height in pixels"
 
 
@@ -36,7 +37,7 @@ def parse_box(value: Any) -> Box | None:
 
 
 def place_box(
-    stated: Box | None, extent: Edges | None, width: int, height: int, ledger: Ledger, where: tuple
+    stated: Box | None, extent: Edges | None, width: int, height: int, ledger: Ledger, where: Where
 ) -> tuple[Box | None, bool]:
     """The box inside the picture, and whether something was cut off; None where there is none.
 
@@ -55,6 +56,8 @@ def place_box(
     else:
         ledger.add("annotation left out: no box with an area", *where)
         return None, False
+    if edges[0] >= 0 and edges[1] >= 0 and edges[2] <= width and edges[3] <= height:
+        return (edges[0], edges[1], edges[2] - edges[0], edges[3] - edges[1]), False
     left, right = (min(max(v, 0.0), float(width)) for v in (edges[0], edges[2]))
     top, bottom = (min(max(v, 0.0), float(height)) for v in (edges[1], edges[3]))
     if right <= left or bottom <= top:
@@ -74,6 +77,10 @@ def reaches_over(edges: Edges, width: int, height: int) -> bool:
 def _fits(box: Edges, extent: Edges, width: int, height: int) -> bool:
     """Whether the two agree inside the picture: one of them may have been cut at its edge already."""
     slack = 3 + 0.05 * max(extent[2] - extent[0], extent[3] - extent[1])
+    (a, b, c, d), (p, q, r, s) = box, extent
+    near = -slack <= a - p <= slack and -slack <= b - q <= slack
+    if near and -slack <= c - r <= slack and -slack <= d - s <= slack:
+        return True  # nearly always; cutting both brings them closer
     for a, b, most in zip(box, extent, (width, height, width, height)):
         if abs(min(max(a, 0), most) - min(max(b, 0), most)) > slack:
             return False
@@ -88,9 +95,7 @@ class BoxJudge:
 
     def add(self, box: Box | None, extent: Edges | None, width: int, height: int) -> None:
         """A box and the extent of its mask, both as stated; None where there is none."""
-        self._rows.extend(box or (np.nan,) * 4)
-        self._rows.extend(extent or (np.nan,) * 4)
-        self._rows.extend((width, height))
+        self._rows.extend((*(box or _NONE), *(extent or _NONE), width, height))
 
     def check(self, source: str) -> None:
         """Raise DataError where nearly all boxes mean something else."""

@@ -6,7 +6,6 @@ As in `loader`, a batch is a function of its number alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import grain
@@ -22,14 +21,22 @@ from sam3jax.data.clips import (
     phrases_of_videos,
     questions_of_clip,
 )
-from sam3jax.data.coco import decode_mask
-from sam3jax.data.examples import Arrays
-from sam3jax.data.loader import _ENDLESS, TrainLoader, _Rows
+from sam3jax.data.examples import (
+    Arrays,
+    empty_row,
+    move_instance,
+    put_instance,
+    put_question,
+    stack,
+    to_prompts,
+    to_targets,
+)
+from sam3jax.data.loader import TrainLoader
 from sam3jax.data.pictures import DataError
-from sam3jax.data.prompts import VISUAL, Question, Shapes
-from sam3jax.data.streams import run_ahead
+from sam3jax.data.prompts import Question, Shapes
+from sam3jax.data.streams import ENDLESS, Opaque, local_size, run_ahead
 from sam3jax.data.videos import VideoDataset
-from sam3jax.types import ClipBatch, Prompts, Targets
+from sam3jax.types import ClipBatch
 
 NO_OBJECT = -1  # object_id of a row of `boxes` and `masks` that holds nothing
 
@@ -54,10 +61,9 @@ def make_clip_loader(
             f"{sampling.frames}: use a multiple of clips.frames"
         )
     clips = config.batch_size // sampling.frames
-    rows = _Rows(clips, process_index, process_count, "batch_size / clips.frames")
-    local = len(rows(0))
+    local = local_size(clips, process_count, "batch_size / clips.frames")
     order = grain.MapDataset.range(len(dataset.videos)).seed(config.seed).shuffle().repeat()
-    batch_of = partial(
+    batch_of = Opaque(
         _clip_batch,
         dataset=dataset,
         names=phrases_of_videos(dataset),
@@ -73,7 +79,7 @@ def make_clip_loader(
     identity = {"videos": len(dataset.videos), "frames": sampling.frames, "seed": config.seed}
 
     def stream(start: int) -> Iterator[ClipBatch]:
-        for arrays in run_ahead(batch_of, start, _ENDLESS, config.data.workers):
+        for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield clip_batch(arrays, tokens)
 
     return TrainLoader(stream, config.batch_size, identity)
@@ -93,58 +99,33 @@ def clip_arrays(
 
     objects: the id of each object that `Question.targets` counts; number: of the clip in its batch.
     """
-    P, T, M, G = shapes.prompts, shapes.targets, shapes.instances, shapes.exemplars
-    asked = list(dict.fromkeys(k for q in questions for k in q.targets))[:M]
+    asked = list(dict.fromkeys(k for q in questions for k in q.targets))[: shapes.instances]
     slots = {k: slot for slot, k in enumerate(asked)}
     kinds = {k: q.category_id for q in questions for k in q.targets}
     rows = []
     for step, (frame, transform) in enumerate(zip(clip.frames, clip.transforms, strict=True)):
-        size_x, size_y = transform.canvas
-        out: dict[str, Any] = {
+        out = empty_row(shapes, transform) | {
             "images": transforms.move_picture(transform, clip.video.frames[frame]),
-            "text_id": np.zeros(P, np.int32),
-            "valid": np.zeros(P, bool),
-            "box_prompts": np.zeros((P, G, 4), np.float32),
-            "box_labels": np.zeros((P, G), np.int32),
-            "box_valid": np.zeros((P, G), bool),
-            "boxes": np.zeros((M, 4), np.float32),
-            "masks": np.zeros((M, size_y, -(-size_x // 8)), np.uint8),
-            "mask_valid": np.zeros(M, bool),
-            "object_id": np.full(M, NO_OBJECT, np.int32),
-            "index": np.full((P, T), M, np.int32),
-            "num_targets": np.zeros(P, np.int32),
-            "is_exhaustive": np.ones(P, bool),
+            "object_id": np.full(shapes.instances, NO_OBJECT, np.int32),
             "clip": np.int32(number),
             "frame": np.int32(frame),
             "stage": np.int32(step),
         }
         here = {(a.id, a.category_id): a for a in clip.video.labels[frame].annotations}
-        there: set[int] = set()
+        there: dict[int, int] = {}
         for k, slot in slots.items():
             out["object_id"][slot] = objects[k]
             annotation = here.get((objects[k], kinds[k]))
-            moved = None if annotation is None else _moved(annotation, clip, transform, masks)
-            if moved is None:
+            if annotation is None:
                 continue
-            there.add(k)
-            out["boxes"][slot], mask = moved
-            if mask is not None:
-                out["masks"][slot], out["mask_valid"][slot] = transforms.pack_mask(mask), True
+            moved = move_instance(annotation, clip.video, transform, masks)
+            if moved is not None:
+                there[k] = slot
+                put_instance(out, slot, moved)
         for p, question in enumerate(questions):
-            targets = [slots[k] for k in question.targets if k in there]
-            shown = [slots[k] for k in question.exemplars if k in there][:G]
-            if question.phrase == VISUAL and not shown:
-                continue  # a question without a phrase and without a box asks nothing
-            out["text_id"][p] = text_ids[question.phrase]
-            out["valid"][p] = True
-            out["index"][p, : len(targets)] = targets
-            out["num_targets"][p] = len(targets)
-            out["is_exhaustive"][p] = question.exhaustive
-            out["box_prompts"][p, : len(shown)] = out["boxes"][shown]
-            out["box_labels"][p, : len(shown)] = 1
-            out["box_valid"][p, : len(shown)] = True
+            put_question(out, p, question, there, text_ids)
         rows.append(out)
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return stack(rows)
 
 
 def clip_batch(arrays: Arrays, tokens: np.ndarray) -> ClipBatch:
@@ -153,21 +134,8 @@ def clip_batch(arrays: Arrays, tokens: np.ndarray) -> ClipBatch:
     return ClipBatch(
         images=arrays["images"],
         tokens=np.asarray(tokens, np.int32),
-        prompts=Prompts(
-            text_id=arrays["text_id"],
-            valid=arrays["valid"],
-            boxes=arrays["box_prompts"],
-            box_labels=arrays["box_labels"],
-            box_valid=arrays["box_valid"],
-        ),
-        targets=Targets(
-            boxes=arrays["boxes"],
-            masks=arrays["masks"],
-            mask_valid=arrays["mask_valid"],
-            index=arrays["index"],
-            num_targets=arrays["num_targets"],
-            is_exhaustive=arrays["is_exhaustive"],
-        ),
+        prompts=to_prompts(arrays),
+        targets=to_targets(arrays),
         image_valid=np.ones(frames, bool),
         image_id=arrays["frame"],
         clip=arrays["clip"],
@@ -209,18 +177,3 @@ def _clip_batch(
             )
         )  # fmt: skip
     return {key: np.concatenate([c[key] for c in clips]) for key in clips[0]}
-
-
-def _moved(annotation, clip: Clip, transform: transforms.Transform, masks: bool):
-    """(box, mask or None) on the canvas, or None where nothing of the object is left."""
-    video = clip.video
-    box = transforms.move_boxes(transform, np.array(annotation.bbox))
-    if box[2] <= 0 or box[3] <= 0:
-        return None
-    cut = transform.crop != (0, 0, video.width, video.height)
-    if annotation.segmentation is None or not (masks or cut):
-        return box, None
-    mask = transforms.move_mask(transform, decode_mask(annotation, video.height, video.width))
-    if not mask.any():
-        return None if cut else (box, None)  # outside the crop, or thinner than a pixel
-    return (transforms.box_of_mask(mask) if cut else box), (mask if masks else None)

@@ -19,7 +19,7 @@ from sam3jax.data.boxes import BoxJudge, parse_box, place_box, reaches_over
 from sam3jax.data.ids import key_of
 from sam3jax.data.json_file import load_json, no_collection, sections
 from sam3jax.data.judgements import LEFT_OUT, UNLISTED, judge_crowds, judge_left_out, require_masks
-from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.ledger import DataError, Ledger, Where
 from sam3jax.data.listing import Listing, Locate
 from sam3jax.data.names import Categories, read_categories, rename_categories
 from sam3jax.data.numbers import flag, number
@@ -45,11 +45,18 @@ _PHRASE_FIELDS = ("phrase", "noun_phrase", "caption")
 
 
 def parse_coco(
-    raw: Any, name: str, source: str, locate: Locate, check: Check | None = None
+    raw: Any,
+    name: str,
+    source: str,
+    locate: Locate,
+    check: Check | None = None,
+    *,
+    consume: bool = False,
 ) -> Dataset:
     """Records of a COCO dictionary; `locate` finds the file of a `file_name`, None where there is none.
 
     check: completes the pictures' records from their files before annotations are read, or raises.
+    consume: empties `raw` on the way, which saves the memory of a large file.
     Raises DataError where `raw` is not COCO, pictures are missing, or nothing usable is left.
     """
     images, annotations, categories = sections(raw, source)
@@ -62,8 +69,10 @@ def parse_coco(
         listing.records = check(listing.records, ledger)
     reader = _Reader(listing, names, ledger)
     with no_collection():
-        for item in annotations:
+        for k, item in enumerate(annotations):
             reader.read(item)
+            if consume:
+                annotations[k] = None
     records = [
         replace(record, annotations=tuple(found)) if found else record
         for record, found in zip(listing.records, reader.found)
@@ -108,7 +117,7 @@ class _Reader:
                 ledger.add(UNLISTED, "", id, item["image_id"])
                 return
         record = self._listing.records[row]
-        where = (record.file.name, id)
+        where = (self._listing.names[row], id)
         category = self._categories.find(item["category_id"])
         if category is None:
             category = self._categories.find_by_name(item["category_id"])
@@ -132,7 +141,7 @@ class _Reader:
             self.found[row].append(annotation)
 
     def _annotation(
-        self, item: dict, record: ImageRecord, category: int, where: tuple[str, Any]
+        self, item: dict, record: ImageRecord, category: int, where: Where
     ) -> Annotation | None:
         ledger = self._ledger
         segmentation, extent, stated = read_segmentation(
@@ -166,7 +175,7 @@ class _Reader:
             area=area or placed[2] * placed[3],
         )
 
-    def _is_new(self, annotation: Annotation, row: int, where: tuple[str, Any]) -> bool:
+    def _is_new(self, annotation: Annotation, row: int, where: Where) -> bool:
         """False for a copy that came in with a second entry of the same file; other copies are said."""
         key = key_of(annotation.id)
         if key is not None:

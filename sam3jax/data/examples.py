@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import numpy as np
 
 from sam3jax.data import prompts as asking
@@ -12,6 +15,17 @@ from sam3jax.data.records import Annotation, ImageRecord, decode_mask
 from sam3jax.types import Batch, Prompts, Targets
 
 Arrays = dict[str, np.ndarray]
+Moved = tuple[np.ndarray, np.ndarray | None]  # box [4] cxcywh in 0..1, mask [Y, X] bool
+
+
+class Sized(Protocol):
+    """A picture, or a video: what its annotations' pixels count in."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
 
 
 def example(
@@ -28,10 +42,26 @@ def example(
 
     Instances that the transform leaves outside the picture are no targets. change: of the pixels.
     """
+    out = empty_row(shapes, transform)
+    out["images"] = transforms.move_picture(transform, record.open(), change)
+    out["category_ids"] = np.full(shapes.prompts, NO_CATEGORY, np.int64)
+    slots: dict[int, int] = {}  # annotation index -> row of `boxes` and `masks`
+    for k in dict.fromkeys(k for question in questions for k in question.targets):
+        moved = move_instance(record.annotations[k], record, transform, masks)
+        if moved is not None:
+            slots[k] = len(slots)
+            put_instance(out, slots[k], moved)
+    for p, question in enumerate(questions):
+        if put_question(out, p, question, slots, text_ids):
+            out["category_ids"][p] = question.category_id
+    return out
+
+
+def empty_row(shapes: Shapes, transform: transforms.Transform) -> Arrays:
+    """The arrays of Prompts and Targets of one picture that is asked nothing."""
     P, T, M, G = shapes.prompts, shapes.targets, shapes.instances, shapes.exemplars
     size_x, size_y = transform.canvas
-    out: Arrays = {
-        "images": transforms.move_picture(transform, record.open(), change),
+    return {
         "text_id": np.zeros(P, np.int32),
         "valid": np.zeros(P, bool),
         "box_prompts": np.zeros((P, G, 4), np.float32),
@@ -43,31 +73,37 @@ def example(
         "index": np.full((P, T), M, np.int32),
         "num_targets": np.zeros(P, np.int32),
         "is_exhaustive": np.ones(P, bool),
-        "category_ids": np.full(P, NO_CATEGORY, np.int64),
     }
-    slots: dict[int, int] = {}  # annotation index -> row of `boxes` and `masks`
-    for k in dict.fromkeys(k for question in questions for k in question.targets):
-        moved = _move_instance(record.annotations[k], record, transform, masks)
-        if moved is not None:
-            slots[k] = m = len(slots)
-            out["boxes"][m], mask = moved
-            if mask is not None:
-                out["masks"][m], out["mask_valid"][m] = transforms.pack_mask(mask), True
-    for p, question in enumerate(questions):
-        targets = [slots[k] for k in question.targets if k in slots]
-        shown = [slots[k] for k in question.exemplars if k in slots][:G]
-        if question.phrase == asking.VISUAL and question.exemplars and not shown:
-            continue  # a question without a phrase and without a box asks nothing
-        out["text_id"][p] = text_ids[question.phrase]
-        out["valid"][p] = True
-        out["category_ids"][p] = question.category_id
-        out["index"][p, : len(targets)] = targets
-        out["num_targets"][p] = len(targets)
-        out["is_exhaustive"][p] = question.exhaustive
-        out["box_prompts"][p, : len(shown)] = out["boxes"][shown]
-        out["box_labels"][p, : len(shown)] = 1
-        out["box_valid"][p, : len(shown)] = True
-    return out
+
+
+def put_instance(row: Arrays, slot: int, moved: Moved) -> None:
+    """Box and mask of an instance into their row of `boxes` and `masks`."""
+    row["boxes"][slot], mask = moved
+    if mask is not None:
+        row["masks"][slot], row["mask_valid"][slot] = transforms.pack_mask(mask), True
+
+
+def put_question(
+    row: Arrays, p: int, question: Question, slots: Mapping[int, int], text_ids: Mapping[str, int]
+) -> bool:
+    """Prompt p of a row; False where nothing is asked, as a box prompt whose boxes are not in sight.
+
+    slots: what `Question.targets` counts -> row of `boxes`, of those that are in the picture.
+    """
+    targets = [slots[k] for k in question.targets if k in slots]
+    room = row["box_valid"].shape[1]
+    shown = [slots[k] for k in question.exemplars if k in slots][:room]
+    if question.phrase == asking.VISUAL and question.exemplars and not shown:
+        return False
+    row["text_id"][p] = text_ids[question.phrase]
+    row["valid"][p] = True
+    row["index"][p, : len(targets)] = targets
+    row["num_targets"][p] = len(targets)
+    row["is_exhaustive"][p] = question.exhaustive
+    row["box_prompts"][p, : len(shown)] = row["boxes"][shown]
+    row["box_labels"][p, : len(shown)] = 1
+    row["box_valid"][p, : len(shown)] = True
+    return True
 
 
 def stack(rows: list[Arrays]) -> Arrays:
@@ -80,37 +116,37 @@ def to_batch(arrays: Arrays, tokens: np.ndarray) -> Batch:
     return Batch(
         images=arrays["images"],
         tokens=np.asarray(tokens, np.int32),
-        prompts=Prompts(
-            text_id=arrays["text_id"],
-            valid=arrays["valid"],
-            boxes=arrays["box_prompts"],
-            box_labels=arrays["box_labels"],
-            box_valid=arrays["box_valid"],
-        ),
-        targets=Targets(
-            boxes=arrays["boxes"],
-            masks=arrays["masks"],
-            mask_valid=arrays["mask_valid"],
-            index=arrays["index"],
-            num_targets=arrays["num_targets"],
-            is_exhaustive=arrays["is_exhaustive"],
-        ),
+        prompts=to_prompts(arrays),
+        targets=to_targets(arrays),
         image_valid=arrays["image_valid"],
         image_id=arrays["image_id"],
     )
 
 
-def _move_instance(
-    annotation: Annotation, record: ImageRecord, transform: transforms.Transform, masks: bool
-) -> tuple[np.ndarray, np.ndarray | None] | None:
+def to_prompts(arrays: Arrays) -> Prompts:
+    """The prompts of stacked rows."""
+    names = dict(boxes="box_prompts")
+    fields = ("text_id", "valid", "boxes", "box_labels", "box_valid")
+    return Prompts(**{field: arrays[names.get(field, field)] for field in fields})
+
+
+def to_targets(arrays: Arrays) -> Targets:
+    """The targets of stacked rows."""
+    fields = ("boxes", "masks", "mask_valid", "index", "num_targets", "is_exhaustive")
+    return Targets(**{field: arrays[field] for field in fields})
+
+
+def move_instance(
+    annotation: Annotation, picture: Sized, transform: transforms.Transform, masks: bool
+) -> Moved | None:
     """Box and mask (None: no usable one) on the canvas, or None where nothing is left of it."""
     box = transforms.move_boxes(transform, np.array(annotation.bbox))
     if box[2] <= 0 or box[3] <= 0:
         return None
-    cut = transform.crop != (0, 0, record.width, record.height)
+    cut = transform.crop != (0, 0, picture.width, picture.height)
     if annotation.segmentation is None or not (masks or cut):
         return box, None
-    mask = decode_mask(annotation, record.height, record.width)
+    mask = decode_mask(annotation, picture.height, picture.width)
     if cut:
         left, top, width, height = transform.crop
         rows = slice(int(top), int(np.ceil(top + height)))

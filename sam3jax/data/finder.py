@@ -44,7 +44,8 @@ class Finder:
             if relative.name in ("", ".."):
                 return None
             for folder in self._folders:
-                if found := self._look(folder / relative.parent, relative.name):
+                inner = folder / relative.parent if len(relative.parts) > 1 else folder
+                if found := self._look(inner, relative.name):
                     return found
         if path.is_absolute() and path.name and self._look(Path(path.parent), path.name):
             raise _outside(str(path), self._root)

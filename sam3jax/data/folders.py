@@ -114,7 +114,8 @@ def read_dataset(
         return _with_headers(records, ledger, reading)
 
     source = f"{path}:{name}"
-    dataset = parse_coco(load_json(file), source, str(file), locate, complete if check else None)
+    raw, completed = load_json(file), complete if check else None
+    dataset = parse_coco(raw, source, str(file), locate, completed, consume=True)
     _note_unlisted(dataset, file.parent)
     return dataset
 
@@ -132,9 +133,9 @@ def _with_headers(
             )
         if header.deep == "colour":
             ledger.add("picture has sixteen bits a colour: the upper eight are read", record.file.name)  # fmt: skip
-    frames = {(r.file, r.frame) for r in records}
+    paged = {r.file for r in records if r.frame}
     for record, header in zip(records, headers):
-        if header.frames > 1 and record.frame == 0 and (record.file, 1) not in frames:
+        if header.frames > 1 and record.file not in paged:
             ledger.add(
                 "picture has several frames: the first is read; `frame` of its entry chooses another",
                 record.file.name,
@@ -151,7 +152,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    return [p for p in _entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
+    """JSON files that may be annotations: labelme's, one a picture, are not."""
+    files = [p for p in _entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
+    return [p for p in files if not formats.is_labelme(p)]
 
 
 def _annotation_file(folder: Path) -> Path | None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from sam3jax.data.json_file import load_json
-from sam3jax.data.ledger import DataError
-
 _LOOKED_AT = 2000  # files below a folder
 
 
@@ -22,13 +19,15 @@ def recognise(root: Path) -> str | None:
     if "meta.json" in names and "jpegimages" in folders:
         return "video"
     described = {"data.yaml", "data.yml", "dataset.yaml", "classes.txt"} & names
-    if ".txt" in suffixes and (described or "labels" in folders):
+    if any(_is_yolo(p) for p in files if p.suffix.lower() == ".txt") and (
+        described or "labels" in folders or "images" in folders
+    ):
         return "yolo"
     if any(_starts(p, "<annotation>", "<annotation ") for p in files if p.suffix.lower() == ".xml"):
         return "voc"
     if any(_starts(p, "<annotations>") for p in files if p.suffix.lower() == ".xml"):
         return "cvat"
-    if any(_is_labelme(p) for p in files[:200] if p.suffix.lower() == ".json"):
+    if any(is_labelme(p) for p in files[:200] if p.suffix.lower() == ".json"):
         return "labelme"
     if {"masks", "mask"} & folders:
         return "masks"
@@ -57,9 +56,22 @@ def _starts(file: Path, *tags: str) -> bool:
     return any(tag in head for tag in tags)
 
 
-def _is_labelme(file: Path) -> bool:
+def is_labelme(file: Path) -> bool:
+    """Whether a JSON file is labelme's; found by the names of its fields, nothing is parsed."""
     try:
-        raw = load_json(file)
-    except DataError:
+        data = file.read_bytes()
+    except OSError:
+        return False  # not ours to read: said when it is read as COCO
+    return b'"shapes"' in data and b'"imagePath"' in data and b'"images"' not in data
+
+
+def _is_yolo(file: Path) -> bool:
+    """Whether the first line is a class and at least four shares of the picture."""
+    with file.open("rb") as stream:
+        words = stream.readline(4000).split()
+    try:
+        return (
+            len(words) >= 5 and words[0].isdigit() and all(-1 <= float(w) <= 2 for w in words[1:])
+        )
+    except ValueError:
         return False
-    return isinstance(raw, dict) and "shapes" in raw and "imagePath" in raw

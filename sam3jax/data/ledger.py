@@ -12,6 +12,8 @@ from typing import Any
 
 from sam3jax.errors import UserError
 
+Where = tuple[str, Any]  # the file and the id of an entry
+
 _TEXT = 80  # characters of a value that a message repeats
 
 

@@ -31,7 +31,7 @@ class Listing:
         self.records: list[ImageRecord] = []
         self.merged: set[int] = set()  # rows that several entries of the file describe
         self._rows: dict[int, int] = {}  # number -> row
-        self._names: list[str] = []  # file_name of each row
+        self.names: list[str] = []  # file_name of each row
         self._by_name: dict[str, int] | None = None
         self._quick: dict[int, int] = {}
         self._read(items)
@@ -54,7 +54,7 @@ class Listing:
             return None
         if self._by_name is None:
             self._by_name = {}
-            for row, name in enumerate(self._names):
+            for row, name in enumerate(self.names):
                 for key in (name, PurePosixPath(name).stem):
                     # A name of two pictures names none.
                     self._by_name[key] = -1 if key in self._by_name else row
@@ -82,7 +82,7 @@ class Listing:
             else:
                 files[file, frame] = self._rows[number] = len(self.records)
                 self.records.append(self._record(item, number, name, file, frame))
-                self._names.append(name)
+                self.names.append(name)
         if missing:
             raise self._missing(missing, len(items))
         self._leave_out(ambiguous)
@@ -134,7 +134,7 @@ class Listing:
 
     def _merge(self, row: int, number: int, name: str, item: dict) -> None:
         """Another entry for a file that is listed already: one picture with the annotations of both."""
-        first, other = self.records[row], self._names[row]
+        first, other = self.records[row], self.names[row]
         path = first.file.as_posix()
         for stated in (name, other):
             if name != other and not path.endswith("/" + _clean(stated).lstrip("/")):
@@ -170,7 +170,7 @@ class Listing:
         for row in sorted(gone):  # whose annotations are whose cannot be told
             self._ledger.add(
                 "picture left out: its id belongs to several files",
-                self._names[row],
+                self.names[row],
                 self.records[row].id,
             )
         kept = [row for row in range(len(self.records)) if row not in gone]
@@ -178,7 +178,7 @@ class Listing:
         self._rows = {number: moved[row] for number, row in self._rows.items() if row in moved}
         self.merged = {moved[row] for row in self.merged if row in moved}
         self.records = [self.records[row] for row in kept]
-        self._names = [self._names[row] for row in kept]
+        self.names = [self.names[row] for row in kept]
 
     def _missing(self, missing: list[str], total: int) -> DataError:
         near = getattr(self._locate, "near", lambda name: None)

@@ -22,10 +22,8 @@ from sam3jax.data.ledger import DataError
 from sam3jax.data.prompts import Question, Shapes
 from sam3jax.data.records import Dataset
 from sam3jax.data.sampling import Order, fingerprint
-from sam3jax.data.streams import run_ahead
+from sam3jax.data.streams import ENDLESS, local_size, run_ahead
 from sam3jax.types import Batch
-
-_ENDLESS = 2**40
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def make_train_loader(
     identity = {**fingerprint(dataset), "seed": config.seed}
 
     def stream(start: int) -> Iterator[Batch]:
-        for arrays in run_ahead(batch_of, start, _ENDLESS, config.data.workers):
+        for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield to_batch(arrays, tokens)
 
     return TrainLoader(stream, config.batch_size, identity)
@@ -159,12 +157,7 @@ class _Rows:
     """Which positions of the global order are this process's rows of a batch."""
 
     def __init__(self, batch_size: int, process: int, processes: int, key: str) -> None:
-        if batch_size % processes:
-            raise DataError(
-                f"{key} {batch_size} does not divide among {processes} processes: use a multiple of "
-                f"{processes}"
-            )
-        self.batch_size, self._local = batch_size, batch_size // processes
+        self.batch_size, self._local = batch_size, local_size(batch_size, processes, key)
         self._offset = process * self._local
 
     def __call__(self, number: int) -> range:
@@ -195,8 +188,8 @@ class _TrainBatch:
         return stack([self._row(position) for position in self._rows(number)])
 
     def _row(self, position: int) -> Arrays:
-        config, turn_row = self._config, self._order(position)
-        turn, row = turn_row
+        config = self._config
+        turn, row = self._order(position)
         record = self._dataset.images[row]
         place = dict(seed=config.seed, epoch=turn, row=row)
         questions = asking.training_questions(

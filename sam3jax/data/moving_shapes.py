@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,7 +23,7 @@ from pycocotools import mask as rle_codec
 from sam3jax.config import DataConfig
 from sam3jax.data.pictures import DataError
 from sam3jax.data.shape_pictures import SHAPES, Thing, draw, draw_background, outline
-from sam3jax.data.shapes import GROUPS, Group, cache_folder, draw_scene
+from sam3jax.data.shapes import GROUPS, Group, cache_folder, draw_scene, written_once
 from sam3jax.data.video_json import read_json
 from sam3jax.data.videos import VideoDataset
 
@@ -81,30 +79,13 @@ def write_moving_shapes(
     """
     folder = Path(folder)
     seeds = (seed,) if isinstance(seed, int) else tuple(seed)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise DataError(
-            f"cannot write generated videos to {folder} ({error.strerror}): set SAM3JAX_CACHE to a "
-            f"folder that can be written"
-        ) from error
-    try:
-        group = GROUPS[concepts]
+    group = GROUPS[concepts]
+    with written_once(folder) as beside:
         write = partial(_write_video, beside, seeds=seeds, group=group, frames=frames, size=size)
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             written = list(pool.map(write, range(videos)))
         raw = _ytvis(written, group, f"{concepts}, seed {seeds}, version {_VERSION}")
         (beside / "instances.json").write_text(json.dumps(raw))
-        beside.chmod(0o755)
-        beside.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process was faster, with the same bytes
-            raise DataError(
-                f"cannot write generated videos to {folder}: {error.strerror}"
-            ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def draw_video(

@@ -37,6 +37,7 @@ _TRANSPOSE = {
 }  # to the upright picture
 _TAIL = 65536  # bytes behind a PNG's pixels in which EXIF is looked for
 _HEIC = (".heic", ".heif", ".hif")
+_CHUNK = 64  # pictures a thread checks at a time
 _BLACK = 16  # largest value of a picture that is all but black
 
 
@@ -95,9 +96,10 @@ def open_rgb(
             else:
                 with _open(file, reading.megapixels) as image:
                     _seek(image, file, frame)
+                    deep = _deep(image)  # first: looking for EXIF may decode the picture
                     orientation = _orientation(image)
                     image.load()
-                    rgb = _rgb(image, file, reading.window)
+                    rgb = _rgb(image, file, deep, reading.window)
                     if orientation in _TRANSPOSE and not _annotated_as_stored(
                         image.size, orientation, size
                     ):
@@ -134,13 +136,19 @@ def read_header(file: Path, megapixels: float = MOST_MEGAPIXELS) -> Header:
         with _open(file, megapixels) as image:
             # An MPO is a photograph with a small copy or a second eye behind it.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            return Header(image.size, _header_orientation(image, file), frames, _deep(image))
+            deep = _deep(image)
+            return Header(image.size, _header_orientation(image, file), frames, deep)
     except FileNotFoundError as error:
         raise DataError(f"picture {file} does not exist") from error
     except DataError:
         raise
     except _BROKEN as error:
         raise _unreadable(file, error) from error
+
+
+def is_black(image: Image.Image) -> bool:
+    """Whether a picture, mode RGB, is all but black."""
+    return bool(np.max(image.getextrema()) < _BLACK)
 
 
 def check_pictures(
@@ -153,8 +161,11 @@ def check_pictures(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        listed = list(pictures)
+        parts = [listed[start : start + _CHUNK] for start in range(0, len(listed), _CHUNK)]
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(functools.partial(_check, reading=reading), pictures))
+            checked = pool.map(lambda part: [_check(p, reading) for p in part], parts)
+            found = [result for part in checked for result in part]
     errors = [e for e in found if isinstance(e, DataError)]
     if errors:
         more = f" (and {len(errors) - 1} more pictures with such problems)" if errors[1:] else ""
@@ -261,8 +272,7 @@ def _deep(image: Image.Image) -> str:
     return "colour" if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) else ""
 
 
-def _rgb(image: Image.Image, file: Path, window: Window | None) -> Image.Image:
-    deep = _deep(image)
+def _rgb(image: Image.Image, file: Path, deep: str, window: Window | None) -> Image.Image:
     if deep == "grey":
         return Image.fromarray(to_bytes(np.asarray(image), window)).convert("RGB")
     if image.has_transparency_data:
@@ -271,7 +281,7 @@ def _rgb(image: Image.Image, file: Path, window: Window | None) -> Image.Image:
         rgb.paste(clear, mask=clear.getchannel("A"))
     else:
         rgb = image.convert("RGB")
-    if deep and 0 < np.max(rgb.getextrema()) < _BLACK:
+    if deep and is_black(rgb) and rgb.getbbox() is not None:
         raise DataError(
             f"picture {file} has colours of sixteen bits of which only the lower ones are used, so that "
             f"it is all but black when read: save it with eight bits"

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_codec
 
-from sam3jax.data.ledger import Ledger
+from sam3jax.data.ledger import Ledger, Where
 from sam3jax.data.mask_forms import UNREADABLE, normal_form, parse_text
 from sam3jax.data.numbers import whole
 
 Polygons = tuple[np.ndarray, ...]  # each [2 n] float64: x y x y ..., pixels
 Rle = Mapping[str, Any]  # {"size": [height, width], "counts": bytes}, compressed
-Where = tuple[str, Any]  # the file and the id that the ledger names
 Extent = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 _NOT_RLE = frozenset("\"', ")  # are in no compressed RLE, whose characters are 0 to o
@@ -56,8 +55,7 @@ def read_segmentation(
         return None, None, any(parts)
     if other_form:
         ledger.add("mask written in another form than COCO's (read)", *where)
-    segmentation, extent = found
-    return segmentation, extent, True
+    return found[0], found[1], True
 
 
 def segmentation_area(
@@ -85,30 +83,41 @@ def _polygons(
         if any(parts):
             ledger.add("mask left out: no polygon with three points", *where)
         return None
-    points = (found[0] if len(found) == 1 else np.concatenate(found)).reshape(-1, 2)
-    (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+    lefts, tops, rights, bottoms = zip(*(extent for _, extent in found))
+    left, top, right, bottom = min(lefts), min(tops), max(rights), max(bottoms)
     if right <= 0 or bottom <= 0 or left >= width or top >= height:
         ledger.add("mask left out: outside the picture", *where)
         return None
-    return tuple(found), (left, top, right, bottom)
+    return tuple(polygon for polygon, _ in found), (left, top, right, bottom)
 
 
-def _polygon(part: Any, width: int, height: int, ledger: Ledger, where: Where) -> np.ndarray | None:
+def _polygon(
+    part: Any, width: int, height: int, ledger: Ledger, where: Where
+) -> tuple[np.ndarray, Extent] | None:
     try:
         polygon = np.array(part, np.float64)
     except (TypeError, ValueError, OverflowError):
         polygon = np.zeros(0)
     # pycocotools takes four numbers for a box and raises TypeError.
-    most = np.abs(polygon).max() if polygon.ndim == 1 and polygon.size >= 6 else np.nan
-    if not np.isfinite(most) or polygon.size % 2:
+    usable = polygon.ndim == 1 and polygon.size >= 6 and polygon.size % 2 == 0
+    extent = _extent(polygon) if usable else (np.nan, np.nan, np.nan, np.nan)
+    far = 4 * max(width, height)
+    # pycocotools allocates by the length of the outline: points at 1e9 end the process.
+    if (min(extent) < -far or max(extent) > far) and np.isfinite(polygon).all():
+        ledger.add("polygon point far outside the picture (moved to its edge)", *where)
+        polygon = np.clip(polygon.reshape(-1, 2), 0, [width, height]).ravel()
+        extent = _extent(polygon)
+    if not -np.inf < sum(extent) < np.inf:
         ledger.add("polygon left out: fewer than three points, or not numbers", *where, part)
         return None
-    # pycocotools allocates by the length of the outline: points at 1e9 end the process.
-    if most > 4 * max(width, height):
-        ledger.add("polygon point far outside the picture (moved to its edge)", *where)
-        limits = np.tile([width, height], polygon.size // 2)
-        polygon = np.clip(polygon, 0, limits)
-    return polygon
+    return polygon, extent
+
+
+def _extent(polygon: np.ndarray) -> Extent:
+    """Left, top, right, bottom; NaN where a coordinate is."""
+    points = polygon.reshape(-1, 2)
+    (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+    return left, top, right, bottom
 
 
 def _shoelace(polygon: np.ndarray) -> float:

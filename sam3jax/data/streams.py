@@ -6,11 +6,40 @@ import atexit
 import pickle
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import grain
 from absl import flags
 
 from sam3jax.data.examples import Arrays
+from sam3jax.data.ledger import DataError
+
+ENDLESS = 2**40  # batches; nobody trains so long
+
+
+class Opaque:
+    """A function with its arguments, as functools.partial, whose repr is the function's name.
+
+    grain names a transform by its repr: that of a partial writes out the whole data set.
+    """
+
+    def __init__(self, function: Callable[..., Arrays], **arguments: Any) -> None:
+        self._function, self._arguments = function, arguments
+
+    def __call__(self, number: int) -> Arrays:
+        return self._function(number, **self._arguments)
+
+    def __repr__(self) -> str:
+        return self._function.__name__
+
+
+def local_size(size: int, processes: int, key: str) -> int:
+    """This process's part of `size` rows. Raises DataError where they do not divide."""
+    if size % processes:
+        raise DataError(
+            f"{key} {size} does not divide among {processes} processes: use a multiple of {processes}"
+        )
+    return size // processes
 
 
 def run_ahead(

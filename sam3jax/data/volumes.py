@@ -9,12 +9,16 @@ import functools
 import importlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sam3jax.data.ledger import DataError
+
+Result = TypeVar("Result")
 
 _NIFTI, _DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom")
 _NUMBER = re.compile(r"^(.*?)(\d+)(\D*)$")
@@ -25,8 +29,24 @@ def is_volume(file: Path) -> bool:
     return file.name.lower().endswith(_NIFTI + _DICOM)
 
 
+def _named(read: Callable[..., Result]) -> Callable[..., Result]:
+    """Turns what the libraries raise, errors of their own kinds, into a ValueError."""
+
+    @functools.wraps(read)
+    def reading(*arguments: Any) -> Result:
+        try:
+            return read(*arguments)
+        except (DataError, FileNotFoundError):
+            raise
+        except Exception as error:
+            raise ValueError(str(error)) from error
+
+    return reading
+
+
+@_named
 def shape(file: Path) -> tuple[tuple[int, int], int]:
-    """(width, height) of a slice, and the number of slices. Raises DataError, OSError."""
+    """(width, height) of a slice, and the number of slices. Raises DataError, ValueError."""
     if file.name.lower().endswith(_NIFTI):
         size = (*_nifti(file).shape, 1, 1)
         return (int(size[0]), int(size[1])), int(size[2])
@@ -34,8 +54,9 @@ def shape(file: Path) -> tuple[tuple[int, int], int]:
     return (int(found.Columns), int(found.Rows)), int(getattr(found, "NumberOfFrames", 1) or 1)
 
 
+@_named
 def read_slice(file: Path, number: int) -> np.ndarray:
-    """One slice [Y, X], in the file's own numbers (Hounsfield units in CT). Raises DataError."""
+    """One slice [Y, X], in the file's own numbers (Hounsfield units in CT). Errors as `shape`."""
     if file.name.lower().endswith(_NIFTI):
         values = _nifti(file).dataobj
         plane = values[..., number] if len(values.shape) == 3 else values[...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -83,11 +84,11 @@ def predict_dataset(
 
 def detections_to_keep(dataset: Dataset, config: EvalConfig) -> int:
     """Detections per picture and phrase: config.max_detections, or more where the data have more."""
-    most = 0
+    most = config.max_detections
     for image in dataset.images:
-        categories = [a.category_id for a in image.annotations if not a.iscrowd]
-        most = max(most, *(categories.count(i) for i in set(categories)), 0)
-    return max(most, config.max_detections)
+        instances = Counter(a.category_id for a in image.annotations if not a.iscrowd)
+        most = max(most, *instances.values(), 0)
+    return most
 
 
 def _results(

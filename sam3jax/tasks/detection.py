@@ -67,7 +67,7 @@ class Detection:
         return DetectionData(train, valid, phrases, tokenize(phrases, tokenizer))
 
     def describe(self, data: DetectionData) -> Iterator[str]:
-        yield from describe(data.train)
+        yield from describe(data.train, self.config.model.queries)
         yield balance(data.train, self.config.data, self.config.seed)
 
     def loader(self, data: DetectionData, **process: Any) -> TrainLoader:

@@ -43,18 +43,26 @@ def make_train_step(
         # As arguments of each device: else every micro-batch would add its gradient over all devices.
         trainable = jax.lax.pcast(state.trainable, AXIS, to="varying")
 
-        def micro_batch(sums: Tree, m: jax.Array):
+        def share(m: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
             def loss(trainable: Tree):
                 own = jax.random.fold_in(key, m)
                 return task.loss(merge(trainable, frozen), prepared, take(m), totals, own)
 
             (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+            return grads, terms
+
+        def add(sums: Tree, m: jax.Array):
+            grads, terms = share(m)
             return jax.tree.map(jnp.add, sums, grads), terms
 
-        start = jax.tree.map(jnp.zeros_like, trainable)
-        numbers = jnp.arange(number)
-        grads, terms = jax.lax.scan(micro_batch, start, numbers, unroll=number == 1)
-        grads, terms = jax.lax.psum((grads, jax.tree.map(lambda x: x.sum(0), terms)), AXIS)
+        # No loop of one turn: XLA runs the body of a loop 1.6 times slower on a CPU.
+        if number == 1:
+            grads, terms = share(jnp.int32(0))
+        else:
+            start = jax.tree.map(jnp.zeros_like, trainable)
+            grads, terms = jax.lax.scan(add, start, jnp.arange(number))
+            terms = jax.tree.map(lambda x: x.sum(0), terms)
+        grads, terms = jax.lax.psum((grads, terms), AXIS)
         metrics, norm = task.metrics(terms), optax.tree.norm(grads)
 
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)

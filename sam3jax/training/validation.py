@@ -36,9 +36,9 @@ class Validation:
         self._run, self._log, self._checkpoints = run, log, checkpoints
         self._before: Validated | None = None
 
-    def base(self, state: TrainState, frozen: Tree, prepared: Any) -> dict[str, float]:
-        """Metrics of the model that the run starts from. Raises ConfigError for an unknown best_metric."""
-        self._before = self._ask(merge(state.trainable, frozen), prepared)
+    def base(self, trainable: Tree, frozen: Tree, prepared: Any) -> dict[str, float]:
+        """Metrics of the model that the run starts from, `trainable` as before the first step. Raises ConfigError for an unknown best_metric."""
+        self._before = self._ask(merge(trainable, frozen), prepared)
         self._log.say(f"base: {summary_line(self._before.metrics)}")
         self._judged(self._before.metrics)
         return self._before.metrics

@@ -13,7 +13,7 @@ from sam3jax.config import EvalConfig
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.inference.detector import Detector
 from sam3jax.model import Sam3
-from sam3jax.types import Prompts
+from sam3jax.types import AXIS, Prompts
 from sam3jax.video.association import RELEASED, Rules
 from sam3jax.video.chunks import ChunkOptions, FrameDetections, VideoDetector
 from sam3jax.video.objects import VideoFrame, full_size_frames
@@ -41,7 +41,7 @@ class VideoPredictor:
         self.config = config or EvalConfig()
         self.thresholds, self.rules, self.options = dict(thresholds or {}), rules, options
         self._model, self._variables, self._tokenizer = model, variables, tokenizer
-        self._mesh = mesh or Mesh(np.array(jax.devices()), ("data",))
+        self._mesh = mesh or Mesh(np.array(jax.local_devices()), (AXIS,))
         self._detectors: dict[tuple, VideoDetector] = {}
 
     def detections(

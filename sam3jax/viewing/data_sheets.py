@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sam3jax.data.records import Dataset, ImageRecord
-from sam3jax.viewing.draw import Instance, overlay, row, true_instances
+from sam3jax.viewing.draw import overlay, row, true_instances
 
 _COLUMNS = 4
 _HEIGHT = 260
 
 
-def contact_sheet(dataset: Dataset, pictures: int = 16) -> Image.Image:
-    """Pictures with their boxes, masks and phrases, the same colour for a phrase in all of them.
-
-    Rare categories come first: each picture shows one that the pictures before it do not, as far as
-    there are such.
-    """
-    chosen = choose(dataset, pictures)
+def contact_sheet(dataset: Dataset, chosen: Sequence[ImageRecord]) -> Image.Image:
+    """Pictures with their boxes, masks and phrases, the same colour for a phrase in all of them."""
     names = sorted({dataset.categories[a.category_id] for r in chosen for a in r.annotations})
     numbers = {name: number for number, name in enumerate(names)}
     rows = []
@@ -36,7 +32,8 @@ def contact_sheet(dataset: Dataset, pictures: int = 16) -> Image.Image:
 
 
 def choose(dataset: Dataset, number: int) -> list[ImageRecord]:
-    """So many pictures, those that show rare categories first, spread over the set."""
+    """So many pictures for a sheet: each shows a category that the ones before it do not, rare ones
+    first, as far as there are such; the rest is spread over the set."""
     frequency = Counter(a.category_id for i in dataset.images for a in i.annotations)
     shown: set[int] = set()
     chosen: dict[int, ImageRecord] = {}
@@ -64,8 +61,6 @@ def _caption(record: ImageRecord) -> str:
 def _drawn(
     record: ImageRecord, names: Mapping[int, str], numbers: Mapping[str, int]
 ) -> Image.Image:
-    from dataclasses import replace
-
     instances = [replace(i, number=numbers[i.label]) for i in true_instances(record, names)]
     return overlay(record.open(), instances, smallest=_HEIGHT, largest=2 * _HEIGHT)
 
@@ -87,7 +82,9 @@ def histograms(splits: Mapping[str, Dataset], file: Path) -> None:
     """Box sizes, instances a picture, and pictures a category, of all splits, as one PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2))
+    # By hand: the constrained layout keeps every figure's pixels in memory.
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.1, top=0.9, wspace=0.22)
     axes = figure.subplots(1, 3)
     for name, dataset in splits.items():
         edges = [
@@ -106,15 +103,19 @@ def histograms(splits: Mapping[str, Dataset], file: Path) -> None:
         axes[1].hist(
             counts, bins=np.arange(min(most, 60) + 2) - 0.5, weights=share(counts), **steps
         )
-        axes[2].plot(np.arange(1, len(pictures) + 1), sorted(pictures.values(), reverse=True), label=name)  # fmt: skip
+        most_first = sorted(pictures.values(), reverse=True)
+        mark = "o" if len(most_first) < 40 else None
+        axes[2].plot(np.arange(1, len(most_first) + 1), most_first, marker=mark, label=name)
     axes[0].set(title="box edge, % of the picture's", ylabel="% of the boxes")
     axes[1].set(title="instances in a picture", ylabel="% of the pictures")
     axes[2].set(title="pictures of each category, most first", ylabel="pictures", yscale="log")
+    plain = lambda value, _: f"{value:g}"
+    axes[2].yaxis.set_major_formatter(plain)
+    few = max(axes[2].get_ylim()) < 10 * max(min(axes[2].get_ylim()), 1e-9)
+    axes[2].yaxis.set_minor_formatter(plain if few else lambda *_: "")
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
     for axis in axes:
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(file, dpi=110)
-
-
-__all__ = ["Instance", "choose", "contact_sheet", "histograms"]

@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
 from sam3jax.data.coco import ImageRecord, decode_mask
-from sam3jax.data.pictures import open_rgb
 
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
@@ -227,7 +226,7 @@ def dataset_panel(
     """A panel of a picture of a data set; `results`: COCO results, of this picture or of all."""
     here = [r for r in results if r["image_id"] == record.id]
     return panel(
-        open_rgb(record.file, (record.width, record.height)),
+        record.open(),
         true_instances(record, names),
         found_instances(here, names, threshold),
         title=Path(record.file).name if title is None else title,

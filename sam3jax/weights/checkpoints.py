@@ -27,6 +27,24 @@ CHECKPOINTS = "checkpoints"
 VALIDATION = "validation.json"
 
 
+def newest_about(run: Path) -> dict[str, Any] | None:
+    """What `about` of a run's newest checkpoint says, None where nothing was saved yet.
+
+    Read from the files: opening orbax's manager would wait for the other processes of a run.
+    Raises ConfigError for a run of an earlier version.
+    """
+    folders = [p for p in (run / CHECKPOINTS).glob("*") if p.name.isdigit()]
+    if any(not (folder / "about").is_dir() for folder in folders):
+        raise ConfigError(
+            f"{run} was written by sam3jax 0.1 and cannot be read by this version: export it with `python -m "
+            "convert jax-to-torch` of version 0.1, or train again into another output"
+        )
+    if not folders:
+        return None
+    newest = max(folders, key=lambda folder: int(folder.name))
+    return json.loads((newest / "about" / "metadata").read_text())
+
+
 class Checkpoints:
     """The checkpoints of a run folder. With `keep`, for training: the newest `keep` and the best stay."""
 
@@ -55,12 +73,7 @@ class Checkpoints:
         return max(scored)[1] if scored else self.latest()
 
     def about(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved with a step. Raises ConfigError for a folder of an earlier version."""
-        if not (self._folder / str(step) / "about").is_dir():
-            raise ConfigError(
-                f"{self._folder} was written by sam3jax 0.1 and cannot be read by this version: export the run "
-                "with `python -m convert jax-to-torch` of version 0.1, or train again"
-            )
+        """The JSON that was saved with a step."""
         return self._restore(step, about=ocp.args.JsonRestore())["about"]
 
     def validation(self, step: int | None) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import make_folder, write_text
 from sam3jax.model import Sam3
 from sam3jax.weights.base import Base, open_base
-from sam3jax.weights.checkpoints import CHECKPOINTS, Checkpoints
+from sam3jax.weights.checkpoints import Checkpoints, newest_about
 from sam3jax.weights.trainable import merge, start
 from sam3jax.weights.tree import Tree, dotted
 
@@ -52,6 +51,7 @@ def open_run_base(path: str | Path) -> Base:
         raise ConfigError(
             f"{path} is no run folder: expected {CONFIG}, written by python -m sam3jax.train"
         )
+    newest_about(Path(path))  # a run of version 0.1 is refused for what it is, not for its settings
     return open_base(load_config(file))
 
 
@@ -115,12 +115,12 @@ def open_run_folder(config: Config, fingerprint: str) -> Path:
 
 def _open_run_folder(path: Path, config: Config, fingerprint: str) -> None:
     file = path / CONFIG
-    began = _newest_base(path) if file.is_file() else None
+    saved = newest_about(path) if file.is_file() else None
     if file.is_file() and not config.resume:
         raise ConfigError(
             f"{path} holds a run already and resume is false: give another output, or remove the folder"
         )
-    if began is not None:
+    if saved is not None:
         old, new = (dotted(c.model_dump(mode="json")) for c in (load_config(file), config))
         changed = [
             f"{k} {old.get(k)} -> {v}"
@@ -132,16 +132,8 @@ def _open_run_folder(path: Path, config: Config, fingerprint: str) -> None:
                 f"{path} holds a run with other settings ({'; '.join(changed)}): give another output, or "
                 "take the settings back to continue it"
             )
-        check_base(path, config, began, fingerprint)
+        check_base(path, config, saved["base"], fingerprint)
     elif not file.is_file() and path.is_dir() and any(path.iterdir()):
         raise ConfigError(f"{path} is not empty and no run folder: give another output")
     make_folder(path)
     write_text(file, dump_config(config))
-
-
-def _newest_base(path: Path) -> str | None:
-    """The fingerprint of the base in the newest checkpoint, None where nothing was saved yet."""
-    # Read from the files: opening orbax's manager would wait for processes that are not here.
-    steps = [p for p in (path / CHECKPOINTS).glob("*/about/metadata") if p.parts[-3].isdigit()]
-    newest = max(steps, key=lambda p: int(p.parts[-3]), default=None)
-    return None if newest is None else json.loads(newest.read_text())["base"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -79,8 +78,8 @@ def _values(file: Path) -> np.ndarray:
 
 
 def _instances(label: str, where: np.ndarray, ledger: Ledger, name: str) -> list[Instance]:
-    labelled: Any = ndimage.label(where, np.ones((3, 3)))
-    parts = labelled[0]
+    parts = np.zeros(where.shape, np.int32)
+    ndimage.label(where, np.ones((3, 3)), output=parts)
     found = []
     for k, frame in enumerate(ndimage.find_objects(parts), 1):
         part = np.zeros(where.shape, np.uint8, order="F")
