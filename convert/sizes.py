@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from convert.huggingface_config import read_huggingface_config
+from convert.interactive_sizes import interactive_sizes
 from convert.names import huggingface_shapes
 from convert.weights import ConversionError
 from sam3jax.config import PRESETS, ModelConfig
@@ -81,6 +82,7 @@ def infer_config(
     del found["depth"]
     if preset:
         found = {"preset": preset, **found}  # for what no tensor tells, such as dropout
+    found = interactive_sizes(carried, written) | found
     try:
         return ModelConfig(**found), notes
     except ValidationError as error:

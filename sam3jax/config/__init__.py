@@ -2,6 +2,7 @@
 
 from sam3jax.config.schema import (
     PRESETS,
+    ClicksConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -16,6 +17,6 @@ from sam3jax.config.schema import (
 )
 
 __all__ = [
-    "PRESETS", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
+    "PRESETS", "ClicksConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
     "OptimConfig", "dump_config", "load_config", "parse_config",
 ]  # fmt: skip

@@ -56,6 +56,18 @@ class ModelConfig(_Section):
     queries: int = Field(
         200, description="one-to-one queries; training adds as many one-to-many ones"
     )
+    mask_decoder_heads: int = Field(
+        8, ge=1, description="attention heads of the mask decoder (clicks)"
+    )
+    mask_decoder_ffn: int = Field(
+        2048, ge=1, description="hidden width of the mask decoder's blocks"
+    )
+    mask_decoder_iou_hidden: int = Field(
+        256, ge=1, description="hidden width of the head that predicts a mask's IoU"
+    )
+    mask_prompt_channels: int = Field(
+        16, ge=4, multiple_of=4, description="channels on the way from a mask prompt to features"
+    )
     dropout: float = Field(
         0.1, description="in fusion, decoder, geometry and scorer; training only"
     )
@@ -114,7 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         image_size=168, pretrain_image_size=84, window_size=6, vit_dim=96, vit_stages=2, vit_stage_blocks=3, vit_heads=4,
         vit_mlp_ratio=4.0, text_dim=64, text_layers=2, text_heads=4, vocab_size=1024, text_length=16, dim=64, ffn=256, heads=4,
-        fusion_layers=2, decoder_layers=3, geometry_layers=1, queries=20, dropout=0.0, drop_path=0.0,
+        mask_decoder_heads=4, mask_decoder_ffn=256, mask_decoder_iou_hidden=64, fusion_layers=2, decoder_layers=3, geometry_layers=1, queries=20, dropout=0.0, drop_path=0.0,
     ),
 }  # fmt: skip
 
@@ -353,6 +365,79 @@ class EvalConfig(_Section):
     panels: int = Field(4, ge=0, description="pictures drawn at each validation")
 
 
+class ClicksConfig(_Section):
+    """Interactive training (task clicks): prompts, rounds of corrections, loss, validation."""
+
+    objects: int = Field(
+        8, ge=1, description="objects of a picture trained per step at most, drawn at random"
+    )
+    # The first prompt of an object
+    first_point: float = Field(
+        0.5, ge=0, le=1, description="share of objects that start with one point"
+    )
+    first_box: float = Field(
+        0.4, ge=0, le=1, description="share that start with a box; the three shares make 1"
+    )
+    first_mask: float = Field(
+        0.1, ge=0, le=1, description="share that start with a coarse, damaged mask"
+    )
+    box_noise: float = Field(
+        0.1, ge=0, le=1, description="spread of a first box's sides, of its width or height"
+    )
+    box_noise_pixels: float = Field(
+        20.0,
+        ge=0,
+        description="most that a side of a first box moves, pixels of the model's picture",
+    )
+    # Corrections
+    rounds: int = Field(
+        7, ge=0, le=31, description="rounds of corrections, each with one more click"
+    )
+    clicks_from_truth: float = Field(
+        0.1, ge=0, le=1, description="share of corrections anywhere on the object, not on an error"
+    )
+    mask_only_round: bool = Field(
+        True, description="one round more, at a random place, that adds no click"
+    )
+    # Loss
+    loss_mask: float = Field(20.0, ge=0, description="weight of the pixelwise mask loss")
+    loss_dice: float = Field(1.0, ge=0, description="weight of the dice loss")
+    loss_iou: float = Field(1.0, ge=0, description="weight of the predicted IoU's error")
+    loss_score: float = Field(1.0, ge=0, description="weight of the object score's loss")
+    mask_loss: Literal["focal", "bce"] = Field("focal", description="pixelwise mask loss")
+    focal_alpha: float = Field(
+        0.25, le=1, description="weight of foreground pixels in focal; negative: none"
+    )
+    focal_gamma: float = Field(
+        2.0, ge=0, description="how much focal forgets pixels that are right"
+    )
+    iou_error: Literal["l1", "mse"] = Field("l1", description="error of the predicted IoU")
+    iou_of: Literal["all", "best"] = Field(
+        "all", description="masks whose predicted IoU is taught: all of a round, or the best one"
+    )
+    mask_resolution: Literal["target", "prediction"] = Field(
+        "target",
+        description="where masks are compared; prediction: a twelfth of the pixels at full size",
+    )
+    objects_at_once: int = Field(
+        8, ge=1, description="objects whose full-size masks exist at a time, on each device"
+    )
+    # Validation
+    valid_clicks: int = Field(
+        5, ge=1, le=32, description="clicks per object in validation; NoC counts no further"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ClicksConfig:
+        shares = self.first_point + self.first_box + self.first_mask
+        if abs(shares - 1) > 1e-6:
+            raise ValueError(
+                f"first_point, first_box and first_mask make {shares:g}: they are shares of all "
+                "objects, so let them make 1"
+            )
+        return self
+
+
 class Config(_Section):
     """A whole run."""
 
@@ -360,6 +445,7 @@ class Config(_Section):
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
+    clicks: ClicksConfig = ClicksConfig()
     optim: OptimConfig = OptimConfig()
     evaluation: EvalConfig = EvalConfig()
     init: str | None = Field(

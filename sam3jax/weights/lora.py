@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,15 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3jax.config import ConfigError, LoraConfig, ModelConfig
-from sam3jax.weights.names import Entry, entries
+from sam3jax.weights.names import DEFAULT_PARTS, Entry, entries
 
 Tree = dict[str, Any]
 Path = tuple[str, ...]
 
 
-def linear_layers(config: ModelConfig) -> list[Entry]:
-    """The kernel of every linear layer, one entry a layer: what an adapter can sit on."""
-    return [e for e in entries(config) if e.path[-1] == "kernel" and e.transform == "transpose"]
+def linear_layers(config: ModelConfig, parts: Iterable[str] = DEFAULT_PARTS) -> list[Entry]:
+    """The kernel of every linear layer of these parts, one entry a layer: what an adapter can sit on."""
+    table = entries(config, parts)
+    return [e for e in table if e.path[-1] == "kernel" and e.transform == "transpose"]
 
 
 def select(patterns: Sequence[str], names: Sequence[str], key: str) -> set[str]:
@@ -51,13 +52,17 @@ def select(patterns: Sequence[str], names: Sequence[str], key: str) -> set[str]:
 
 
 def init_lora(
-    key: jax.Array, params: Tree, model: ModelConfig, config: LoraConfig
+    key: jax.Array,
+    params: Tree,
+    model: ModelConfig,
+    config: LoraConfig,
+    parts: Iterable[str] = DEFAULT_PARTS,
 ) -> tuple[Tree, Tree]:
     """(lora, lora_scale): A uniform with variance 1 / (3 D), B zero, so that nothing changes yet.
 
     params: the tree of arrays or of shapes. Raises ConfigError for a pattern without a match.
     """
-    layers = linear_layers(model)
+    layers = linear_layers(model, parts)
     chosen = select(config.targets, [e.layer for e in layers], "lora.targets")
     slots: dict[Path, list[tuple[int, ...]]] = {}
     for entry in layers:

@@ -10,6 +10,7 @@ whole where any of its layers is trained; its multiplier is 0 at the slots of th
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,17 +18,34 @@ import numpy as np
 
 from sam3jax.config import Config, ModelConfig, OptimConfig
 from sam3jax.weights.lora import Path, Tree, leaf, linear_layers, put, select
-from sam3jax.weights.names import NECK, TEXT, VIT, entries
+from sam3jax.weights.names import DEFAULT_PARTS, PARTS, TEXT, VIT, entries
+from sam3jax.weights.tracker_names import NECK, SECOND_NECK
+
+# Layers that compute in float32 whatever the rest does.
+_IN_FLOAT32 = {
+    "scoring", "bbox_embed", "presence_token_head",
+    "output_hypernetworks_mlps", "iou_prediction_head", "pred_obj_score_head",
+}  # fmt: skip
 
 
-def split(params: Tree, lora: Tree, lora_scale: Tree, config: Config) -> tuple[Tree, Tree]:
-    """(trainable, frozen) of a run. Raises ConfigError for a pattern without a match."""
-    table = entries(config.model)
+def split(
+    params: Tree,
+    lora: Tree,
+    lora_scale: Tree,
+    config: Config,
+    parts: Iterable[str] = DEFAULT_PARTS,
+) -> tuple[Tree, Tree]:
+    """(trainable, frozen) of a run on these parts. Raises ConfigError for a pattern without a match.
+
+    Buffers, such as the prompt encoder's random frequencies, are frozen whatever is trained.
+    """
+    table = entries(config.model, parts)
+    can_move = [e for e in table if not e.is_buffer]
     if config.train == "all":
-        paths = {e.path for e in table}
+        paths = {e.path for e in can_move}
     else:
-        chosen = select(config.trainable, [e.name for e in table], "trainable")
-        paths = {e.path for e in table if e.name in chosen}
+        chosen = select(config.trainable, [e.name for e in can_move], "trainable")
+        paths = {e.path for e in can_move if e.name in chosen}
     trained: Tree = {}
     rest: Tree = {}
     for path in dict.fromkeys(e.path for e in table):
@@ -97,7 +115,7 @@ def compact(frozen: Tree, config: ModelConfig) -> Tree:
     dtype = config.compute_dtype
 
     def cast(path: tuple[Any, ...], x: Any) -> Any:
-        exact = {"scoring", "bbox_embed", "presence_token_head"} & {k.key for k in path}
+        exact = _IN_FLOAT32 & {k.key for k in path}
         as_is = exact or path[-1].key != "kernel" or x.dtype == dtype
         return x if as_is else x.astype(dtype)
 
@@ -132,10 +150,10 @@ def _is_trained(name: str, config: Config) -> bool:
 def _slots(trainable: Tree, config: Config) -> list[tuple[str, Path, tuple[int, ...]]]:
     """(name, path in trainable, slot) of everything that is in `trainable`."""
     out = []
-    for entry in entries(config.model):
+    for entry in entries(config.model, PARTS):
         if _has(trainable, ("params", *entry.path)):
             out.append((entry.name, ("params", *entry.path), entry.slot))
-    for entry in linear_layers(config.model):
+    for entry in linear_layers(config.model, PARTS):
         for part in ("a", "b"):
             path = ("lora", *entry.path[:-1], part)
             if _has(trainable, path):
@@ -155,7 +173,7 @@ def _rate(name: str, config: Config) -> float:
     optim: OptimConfig = config.optim
     if name.startswith(TEXT):
         return optim.text_scale
-    if name.startswith(NECK):
+    if name.startswith((NECK, SECOND_NECK)):
         return optim.vision_scale
     if name.startswith(VIT):
         depth = config.model.vit_stages * config.model.vit_stage_blocks
