@@ -382,7 +382,10 @@ class ClicksConfig(_Section):
         0.1, ge=0, le=1, description="share that start with a coarse, damaged mask"
     )
     box_noise: float = Field(
-        0.1, ge=0, le=1, description="spread of a first box's sides, of its width or height"
+        0.1,
+        ge=0,
+        le=1,
+        description="how far a side of a first box moves at most, of its width or height",
     )
     box_noise_pixels: float = Field(
         20.0,
