@@ -116,12 +116,11 @@ def damaged_mask(keys: jax.Array, target: jax.Array, grid: int) -> jax.Array:
     def one(key: jax.Array, target: jax.Array) -> jax.Array:
         key_move, key_level = jax.random.split(key)
         cells = jax.image.resize(target.astype(jnp.float32), (edge, edge), "linear")
-        cells = cells / jnp.maximum(cells.max(), 1e-6)
         move = jax.random.randint(key_move, (2,), -1, 2)
         cells = jax.lax.dynamic_slice(jnp.pad(cells, 1), 1 + move, (edge, edge))
         level = jax.random.uniform(key_level, minval=0.25, maxval=0.75)
         fine = jax.image.resize(cells, (4 * grid, 4 * grid), "linear")
-        return 20.0 * (fine - level)
+        return 20.0 * (fine / jnp.maximum(fine.max(), 1e-6) - level)
 
     return jax.vmap(one)(keys, target)
 
