@@ -76,6 +76,26 @@ class Batch:
 
 
 @struct.dataclass
+class ClickBatch:
+    """Pictures with up to K objects each, for clicks: B = I * K rows, row b of picture b // K.
+
+    images [I, Y, X, 3] uint8; masks [I, K, Y, ceil(X / 8)] uint8, packed as in Targets.
+    valid [I, K] bool, False for padding.
+    points [I, K, A, 2] stored with an object, x and y in pixels of these pictures; A may be 0.
+    labels [I, K, A] int32: 1 inside, 0 outside, -2 no point.
+    image_valid [I] bool, image_id [I] int32 as in Batch.
+    """
+
+    images: jax.Array
+    masks: jax.Array
+    valid: jax.Array
+    points: jax.Array
+    labels: jax.Array
+    image_valid: jax.Array
+    image_id: jax.Array
+
+
+@struct.dataclass
 class TextFeatures:
     """Encoded phrases: features [V, N, D]; valid [V, N] bool, False for padding tokens."""
 

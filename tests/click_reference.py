@@ -56,6 +56,29 @@ def levels_of(detector: nn.Module, model: Sam3TrackerPredictor, images: torch.Te
     return Levels(heads.conv_s0(fpn[0]), heads.conv_s1(fpn[1]), fpn[2])
 
 
+def random_masks(
+    size: TrackerSize,
+    frames: int,
+    objects: int,
+    seed: int,
+    absent: tuple[tuple[int, int], ...] = (),
+) -> np.ndarray:
+    """Moving ellipses, bool [T, K, Y, X]; `absent` lists (frame, object) pairs that are empty."""
+    rng, edge = np.random.default_rng(seed), size.image
+    rows, columns = (np.mgrid[:edge, :edge] + 0.5) / edge
+    centre, radius = rng.uniform(0.3, 0.7, (objects, 2)), rng.uniform(0.1, 0.3, (objects, 2))
+    speed = rng.uniform(-0.04, 0.04, (objects, 2))
+    t = np.arange(frames)[:, None, None, None]
+    y = (rows - (centre[:, 0, None, None] + speed[:, 0, None, None] * t)) / radius[:, 0, None, None]
+    x = (columns - (centre[:, 1, None, None] + speed[:, 1, None, None] * t)) / radius[
+        :, 1, None, None
+    ]
+    masks = y**2 + x**2 < 1
+    for frame, k in absent:
+        masks[frame, k] = False
+    return masks
+
+
 # Inside: what the parts of a model were given and returned
 
 
