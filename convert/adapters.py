@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.weights import flatten
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError, refuse_to_replace, whole
 from sam3jax.weights.lora import linear_layers
 from sam3jax.weights.names import DETECTOR_PART, parts_of
 from sam3jax.weights.tensor_file import Tensor, stream_tensors, to_dtype
+from sam3jax.weights.tree import flatten
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Adapters = dict[tuple[str, ...], "Adapter"]

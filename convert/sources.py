@@ -8,20 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from convert.adapters import Adapters, adapters_of
-from convert.weights import flatten
 from sam3jax.config import ConfigError, load_config
 from sam3jax.files import FileError
+from sam3jax.weights.base import is_run_folder
 from sam3jax.weights.model_folder import ModelFolder, is_model_folder, open_model_folder
 from sam3jax.weights.names import parts_of
 from sam3jax.weights.parts import live_parts
+from sam3jax.weights.run_folder import CONFIG, read_run
 from sam3jax.weights.tensor_file import Tensor, is_float
-
-RUN = "config.yaml"
-
-
-def is_run_folder(path: str | Path) -> bool:
-    """Whether a folder is one that `python -m sam3jax.train` wrote."""
-    return (Path(path) / RUN).is_file() and not is_model_folder(path)
+from sam3jax.weights.tree import flatten
 
 
 def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
@@ -39,10 +34,8 @@ def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
                 f"{path} is neither a model folder (config.json of python -m convert) nor a run folder (config.yaml)"
             )
         return open_model_folder(path), {}
-    from sam3jax.weights.checkpoints import load_run
-
-    run = load_run(path)
-    start = load_config(path / RUN).init
+    run = read_run(path)
+    start = load_config(path / CONFIG).init
     root = _root(path)
     tuned, before = flatten(run.variables["params"]), flatten(run.base_variables["params"])
     stored_leaves = _stored_leaves(root, parts_of(path[0] for path in tuned)) if root else {}
@@ -81,7 +74,7 @@ def _root(run: Path) -> ModelFolder | None:
         if path.resolve() in seen:
             raise ConfigError(f"{run} starts from itself: {' -> '.join(map(str, seen))}")
         seen.append(path.resolve())
-        start = load_config(path / RUN).init
+        start = load_config(path / CONFIG).init
         if start is None:
             return None
         path = Path(start)

@@ -32,8 +32,8 @@ from sam3jax.weights.names import (
 )
 from sam3jax.weights.parts import live_parts, stacked_leaves, torch_shape, torch_shapes
 from sam3jax.weights.tensor_file import Tensor, is_float
+from sam3jax.weights.tree import Path, flatten, unflatten
 
-Path = tuple[str, ...]
 LAYOUTS = ("official", "huggingface")
 
 
@@ -191,26 +191,6 @@ def part_tensors(
     for entry in entries(config, parts):
         owners.setdefault(entry.torch, []).append(entry)
     return {name: _torch_tensor(found, leaves) for name, found in owners.items()}
-
-
-def flatten(tree: Mapping[str, Any], start: Path = ()) -> dict[Path, Any]:
-    """{"a": {"b": x}} -> {("a", "b"): x}."""
-    flat: dict[Path, Any] = {}
-    for key, value in tree.items():
-        path = (*start, key)
-        flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
-    return flat
-
-
-def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """{("a", "b"): x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def narrowed(

@@ -26,14 +26,15 @@ import jax
 
 from sam3jax.config import load_config
 from sam3jax.data.coco import Dataset
-from sam3jax.data.pictures import open_rgb
 from sam3jax.data.shapes import shapes_dataset
-from sam3jax.evaluate import detections_to_keep, evaluate_run
+from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
-from sam3jax.inference.detector import Detector, LoadedRun, open_run
+from sam3jax.inference.detector import Detector
 from sam3jax.train import train
+from sam3jax.training.mesh import local_mesh
 from sam3jax.viewing import draw
+from sam3jax.weights.run_folder import Run, read_run
 
 CONFIG = "configs/demo.yaml"
 NEW, OLD = "new", "seen"  # groups of concepts, sam3jax.data.shapes; OLD is what the base was taught
@@ -47,13 +48,13 @@ def demo(config_file: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     start = time.perf_counter()
     config = load_config(config_file, overrides)
     train(config)
-    run = open_run(config.output)
+    run = read_run(config.output)
     new, old = (_held_out(run, group) for group in (NEW, OLD))
     keep = max(detections_to_keep(data, run.config.evaluation) for data in (new, old))
-    detector = Detector(run.model, run.config.evaluation, limit=keep)
+    detector = Detector(run.model, run.config.evaluation, local_mesh(), limit=keep)
 
     def ask(data: Dataset, base: bool) -> Evaluation:
-        return evaluate_run(run, data, base=base, detector=detector)
+        return evaluate_run(run, detector, data, base=base)
 
     found = {name: ask(new, name == "base") for name in ("base", "tuned")}
     results = {
@@ -69,7 +70,7 @@ def demo(config_file: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return results
 
 
-def _held_out(run: LoadedRun, group: str) -> Dataset:
+def _held_out(run: Run, group: str) -> Dataset:
     changes = {"shapes_concepts": group, "shapes_seed": SEED, "shapes_valid": PICTURES[group]}
     return shapes_dataset("test", run.config.data.model_copy(update=changes))
 
@@ -86,7 +87,7 @@ def _figures(found: Evaluation) -> dict[str, float]:
     return {"AP50": m["segm/AP50"], "recall": m["recall"], "silence": 1 - m["false_alarms"]}
 
 
-def _draw(run: LoadedRun, data: Dataset, found: dict[str, Evaluation]) -> Any:
+def _draw(run: Run, data: Dataset, found: dict[str, Evaluation]) -> Any:
     """truth | base | tuned, of the first pictures with something to find."""
     records = [r for r in data.images if r.annotations][:DRAWN]
     rows = []
@@ -96,7 +97,7 @@ def _draw(run: LoadedRun, data: Dataset, found: dict[str, Evaluation]) -> Any:
             here = [p for p in evaluation.predictions if p["image_id"] == record.id]
             threshold = run.config.evaluation.threshold
             parts.append((name, draw.found_instances(here, data.categories, threshold)))
-        rows.append(draw.panels(open_rgb(record.file), parts, height=300))
+        rows.append(draw.panels(record.open(), parts, height=300))
     return draw.column(rows)
 
 

@@ -1,123 +1,207 @@
-"""python -m sam3jax.doctor DATA: says what was read from a data set, and what was odd about it.
+"""python -m sam3jax.doctor DATA [section.key=value ...]: what was read from a data set, what is odd.
 
-Exit code 0 where it can be trained on, 2 with one line where it cannot.
+Every split is looked at, and all errors are said. The folder --output (default: doctor) gets a contact
+sheet of each split, a table of categories, histograms, and doctor.json with every odd entry.
+
+Exit code 0 where the data can be trained on, 2 with one line for each reason where they cannot.
+
+--import converts YOLO, Pascal VOC, labelme, CVAT or mask folders into the COCO folder --out first.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import csv
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from sam3jax.config import Config, ConfigError, load_config
+from sam3jax.data.datasets import open_datasets, prepare_datasets, reading_of
+from sam3jax.data.describe import compare, describe
+from sam3jax.data.folders import ONLY, find_splits, match_split, read_dataset
+from sam3jax.data.importers import FORMATS, import_dataset
+from sam3jax.data.ledger import DataError
+from sam3jax.data.pictures import is_black
+from sam3jax.data.records import Dataset
+from sam3jax.data.statistics import category_table, same_pictures, summary
+from sam3jax.files import FileError, make_folder, write_json
+from sam3jax.viewing.data_sheets import choose, contact_sheet, histograms
 
-from sam3jax.config import DataConfig
-from sam3jax.data.coco import Dataset, used_categories
-from sam3jax.data.folders import ONLY, find_splits, read_dataset
-from sam3jax.data.pictures import DataError, read_header, read_picture
-from sam3jax.data.prompts import training_shapes
+__all__ = ["describe", "main"]
+
+_SHEET = 16  # pictures of a contact sheet
+_SAME = 5  # equal pictures that are named
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sam3jax.doctor", description=__doc__)
-    parser.add_argument("data", help="folder with pictures and COCO JSON, or the JSON itself")
-    parser.add_argument(
-        "--decode", action="store_true", help="decode every picture, not only headers"
-    )
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_intermixed_args(arguments)
     try:
-        splits = find_splits(options.data)
-        for split, file in splits.items():
-            dataset = read_dataset(options.data if split != ONLY else file, split)
-            if options.decode:
-                for image in dataset.images:
-                    read_picture(image.file, image.width, image.height)
-            print(f"{'data' if split == ONLY else f'split {split}'}: {file}")
-            for line in describe(dataset):
-                print(f"  {line}")
-    except DataError as error:
+        if options.format:
+            return _import(options)
+        config = load_config(None, options.overrides)
+        data = config.data.model_copy(update={"train": options.data})
+        return examine(config.model_copy(update={"data": data}), options.data, options)
+    except (DataError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def examine(config: Config, path: str, options: argparse.Namespace) -> int:
+    """Read every split of config.data.train, which is `path`, say what was found, write the folder;
+    the exit code."""
+    files = find_splits(path)
+    splits: dict[str, Dataset] = {}
+    errors: list[str] = []
+    for split, file in files.items():
+        try:
+            splits[split] = _read(config, path, split, options.decode)
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        print(f"{'data' if split == ONLY else f'split {split}'}: {file}")
+        for line in describe(splits[split], config.model.queries):
+            print(f"  {line}")
+    notes: list[str] = []
+    if not errors:
+        try:
+            train, valid = _as_trained(config, files, splits)
+            if valid is not None:
+                notes = [*compare(train, valid), *_same_pictures(train, valid)]
+        except DataError as error:
+            errors.append(str(error))
+    for note in notes:
+        print(f"  {note}")
+    if splits:
+        errors += _write(Path(options.output), path, files, splits, notes, errors)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _read(config: Config, path: str, split: str, decode: bool) -> Dataset:
+    data = config.data
+    dataset = read_dataset(path, split, allow_outside=data.allow_outside, reading=reading_of(data))
+    if decode:
+        for image in dataset.images:
+            image.open()
+    return dataset
+
+
+def _as_trained(
+    config: Config, files: dict[str, Path], splits: dict[str, Dataset]
+) -> tuple[Dataset, Dataset | None]:
+    """The data as a training would take them. Raises DataError where it would refuse them."""
+    data = config.data
+    if list(files) == [ONLY]:
+        train, own = splits[ONLY], None
+    else:
+        name = match_split(files, data.train_split)
+        if name is None:
+            raise DataError(
+                f"{data.train} has no split {data.train_split!r}, it has {', '.join(files)}: set "
+                f"data.train_split"
+            )
+        other = match_split(files, data.valid_split)
+        train, own = splits[name], None if other is None else splits[other]
+    if data.valid is not None:
+        return open_datasets(config)
+    return prepare_datasets(config, train, own)
+
+
+def _same_pictures(train: Dataset, valid: Dataset) -> list[str]:
+    same = same_pictures(train, valid)
+    if not same:
+        return []
+    named = ", ".join(b if a == b else f"{a} = {b}" for a, b in same[:_SAME])
+    more = ", ..." if same[_SAME:] else ""
+    return [
+        f"{len(same)} of {len(valid.images)} pictures of {valid.name} are in {train.name} too ({named}{more}): "
+        f"what validation measures there is memory"
+    ]
+
+
+def _write(
+    folder: Path,
+    path: str,
+    files: dict[str, Path],
+    splits: dict[str, Dataset],
+    notes: list[str],
+    errors: list[str],
+) -> list[str]:
+    """Write the folder; returns what went wrong with pictures. A folder that cannot be written to is
+    said, and no fault of the data."""
+    found: list[str] = []
+    try:
+        make_folder(folder)
+        for split, dataset in splits.items():
+            try:
+                chosen = choose(dataset, _SHEET)
+                if dark := [r.file.name for r in chosen if is_black(r.open())]:
+                    print(f"  all but black: {', '.join(dark)}; does data.window fit their values?")
+                contact_sheet(dataset, chosen).save(folder / f"{split}.jpg", quality=88)
+            except DataError as error:
+                found.append(str(error))
+        histograms(splits, folder / "histograms.png")
+        _write_tables(folder, path, files, splits, notes, [*errors, *found])
+    except (OSError, FileError) as error:
+        print(f"nothing written for you to look at: {error}; give --output a folder")
+        return found
+    print(
+        f"look at {folder}/: {', '.join(f'{s}.jpg' for s in splits)}, categories.csv, doctor.json"
+    )
+    return found
+
+
+def _write_tables(
+    folder: Path,
+    path: str,
+    files: dict[str, Path],
+    splits: dict[str, Dataset],
+    notes: list[str],
+    errors: list[str],
+) -> None:
+    table = category_table(splits)
+    report: dict[str, Any] = {
+        "data": path,
+        "errors": errors,
+        "notes": notes,
+        "splits": {s: {"file": str(files[s]), **summary(d)} for s, d in splits.items()},
+        "categories": table,
+    }
+    write_json(folder / "doctor.json", report)
+    with (folder / "categories.csv").open(
+        "w", newline="", encoding="utf-8", errors="replace"
+    ) as stream:
+        writer = csv.DictWriter(stream, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def _import(options: argparse.Namespace) -> int:
+    if options.out is None:
+        raise DataError("--import needs --out COCO_DIR, a new folder for the converted data")
+    for line in import_dataset(options.format, Path(options.data), Path(options.out)):
+        print(line)
     return 0
 
 
-def describe(dataset: Dataset) -> Iterator[str]:
-    """The report on one split, line by line."""
-    annotations = [a for image in dataset.images for a in image.annotations]
-    empty = sum(not image.annotations for image in dataset.images)
-    sizes = Counter((image.width, image.height) for image in dataset.images)
-    common = ", ".join(f"{w} x {h} ({n})" for (w, h), n in sizes.most_common(3))
-    more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
-    yield f"pictures      {len(dataset.images)}, {empty} of them without annotations"
-    yield f"sizes         {common}{more}"
-    if turned := sum(read_header(image.file)[1] != 1 for image in dataset.images):
-        yield f"EXIF          {turned} pictures are stored turned or mirrored; they are read upright"
-    masks = Counter(
-        "without mask"
-        if a.segmentation is None
-        else "RLE"
-        if isinstance(a.segmentation, Mapping)
-        else "polygons"
-        for a in annotations
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sam3jax.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = ", ".join(f"{masks[k]} {k}" for k in ("polygons", "RLE", "without mask") if masks[k])
-    crowds = sum(a.iscrowd for a in annotations)
-    yield f"annotations   {len(annotations)}: {kinds or 'none'}; {crowds} crowd"
-    if annotations:
-        relative = [
-            np.sqrt(a.bbox[2] * a.bbox[3] / (image.width * image.height))
-            for image in dataset.images
-            for a in image.annotations
-        ]
-        low, middle, high = (100 * np.quantile(relative, q) for q in (0.05, 0.5, 0.95))
-        yield f"box edges     {low:.0f} / {middle:.0f} / {high:.0f} % of the picture's (5 % / median / 95 %)"
-    shapes = training_shapes(dataset, DataConfig())
-    yield (
-        f"most          {shapes.targets} instances of a phrase, {shapes.instances} instances of a "
-        f"picture's phrases, at the default max_prompts"
+    parser.add_argument("data", help="folder with pictures and COCO JSON, or the JSON itself")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for train")
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every picture, not only headers"
     )
-    yield from _categories(dataset)
-    yield from _odd(dataset, masks, len(annotations))
-
-
-def _categories(dataset: Dataset) -> Iterator[str]:
-    instances: Counter[int] = Counter()
-    pictures: Counter[int] = Counter()
-    for image in dataset.images:
-        instances.update(a.category_id for a in image.annotations)
-        pictures.update({a.category_id for a in image.annotations})
-    used = used_categories(dataset)
-    yield f"categories    {len(used)} with annotations; each is asked as a phrase:"
-    width = max((len(dataset.categories[i]) for i in used), default=0)
-    for i in sorted(used, key=lambda i: -instances[i]):
-        name = dataset.categories[i]
-        yield f"    {name:<{width}}  {instances[i]:>7} instances in {pictures[i]} pictures"
-    if unused := [n for i, n in dataset.categories.items() if i not in used]:
-        yield f"    no annotations, never asked: {', '.join(unused)}"
-
-
-def _odd(dataset: Dataset, masks: Counter[str], total: int) -> Iterator[str]:
-    found = [f"{count:>7} x {what}" for what, count in dataset.problems.items()]
-    if total and masks["without mask"] == total:
-        found.append("no masks at all: boxes will be trained, masks will not")
-    names = [dataset.categories[i] for i in used_categories(dataset)]
-    if codes := [n for n in names if re.search(r"_|[a-z][A-Z]|^\W*\d+\W*$", n)]:
-        found.append(
-            f"names that do not read like phrases: {', '.join(codes[:5])}; give better ones with "
-            f"data.phrases, e.g. data.phrases={{{codes[0]}: ...}}"
-        )
-    present = Counter(
-        i for image in dataset.images for i in {a.category_id for a in image.annotations}
-    )
-    if always := [dataset.categories[i] for i, n in present.items() if n == len(dataset.images)]:
-        found.append(
-            f"in every picture, so never a negative: {', '.join(always[:5])}; add pictures without, "
-            f"or data.negative_phrases, lest the model fire on anything"
-        )
-    yield f"odd           {'nothing' if not found else ''}".rstrip()
-    yield from (f"    {line}" for line in found)
+    parser.add_argument("--output", default="doctor", metavar="DIR", help="default: doctor")
+    parser.add_argument("--import", dest="format", choices=FORMATS, help="convert this format")
+    parser.add_argument("--out", metavar="COCO_DIR", help="where --import writes")
+    return parser
 
 
 if __name__ == "__main__":

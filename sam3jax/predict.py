@@ -1,11 +1,6 @@
 """Find phrases in pictures: `python -m sam3jax.predict PICTURES --run RUN --phrase "red circle"`.
 
-In a notebook:
-
-    predictor = Predictor.from_run("runs/run")
-    predictor.set_image("photograph.jpg")
-    found = predictor.predict("red circle")          # Detections: scores, boxes_xyxy, masks
-    predictor.draw({"red circle": found}).show()
+In a notebook use `Predictor`, see sam3jax/viewing/predictor.py.
 """
 
 from __future__ import annotations
@@ -14,186 +9,25 @@ import argparse
 import glob
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3jax.config import EvalConfig
-from sam3jax.data import transforms
 from sam3jax.data.folders import PICTURES
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
-from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import make_folder, write_text
-from sam3jax.inference.detector import Detector, Variables, open_run
-from sam3jax.inference.postprocess import Detections, full_size
-from sam3jax.model import Sam3
-from sam3jax.types import ImageFeatures, Prompts, TextFeatures
-from sam3jax.viewing.draw import Instance, overlay
-from sam3jax.weights.model_folder import load_model_folder
+from sam3jax.inference.full_size import Detections
+from sam3jax.predict_video import add_options, predict_videos, wants_video
+from sam3jax.training.mesh import local_mesh
+from sam3jax.video.chunks import ChunkOptions
+from sam3jax.viewing.predictor import Predictor, PromptError
 
-PixelBox = Sequence[float]  # left, top, width, height in the picture's pixels
-
-
-class PromptError(ValueError):
-    """What is asked cannot be asked; the message says why and what to do."""
-
-
-class Predictor:
-    """Asks a model about one picture at a time; the backbone runs once per picture.
-
-    thresholds: phrase -> score from which a detection counts; others use config.threshold.
-    """
-
-    def __init__(
-        self,
-        model: Sam3,
-        variables: Variables,
-        tokenizer: Tokenizer,
-        config: EvalConfig | None = None,
-        thresholds: Mapping[str, float] | None = None,
-    ) -> None:
-        self.config = config or EvalConfig()
-        self.thresholds = dict(thresholds or {})
-        self._size = model.config.image_size
-        self._detector = Detector(model, self.config)
-        self._variables, self._tokenizer = jax.device_put(variables), tokenizer
-        self._texts: dict[str, TextFeatures] = {}
-        self._image: ImageFeatures | None = None
-        self.picture: Image.Image | None = None
-
-    @classmethod
-    def from_run(cls, path: str | Path, *, base: bool = False) -> Predictor:
-        """From a run folder, with its chosen thresholds; base: the model that the run started from."""
-        run = open_run(path)
-        variables = run.base_variables if base else run.variables
-        thresholds = {} if base else run.thresholds
-        return cls(run.model, variables, run.tokenizer, run.config.evaluation, thresholds)
-
-    @classmethod
-    def from_model_folder(cls, path: str | Path) -> Predictor:
-        """The model as `python -m convert` wrote it, not tuned."""
-        config, params, tokenizer = load_model_folder(path, dtype=np.float32)
-        return cls(Sam3(config), {"params": params}, tokenizer)
-
-    def set_image(self, picture: str | Path | Image.Image | np.ndarray) -> None:
-        """A file, a PIL picture, or an array [Y, X, 3] or [Y, X] of uint8. Raises DataError."""
-        if isinstance(picture, str | Path):
-            picture = open_rgb(picture)
-        elif isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8:
-                raise DataError(
-                    f"the picture is an array of {picture.dtype}, expected uint8 values 0..255"
-                )
-            picture = Image.fromarray(picture)
-        self.picture = picture.convert("RGB")
-        transform = transforms.square(*self.picture.size, self._size)
-        pixels = transforms.move_picture(transform, np.asarray(self.picture))
-        self._image = self._detector.encode_image(self._variables, pixels[None])
-
-    def predict(
-        self,
-        phrase: str | None = None,
-        *,
-        boxes: Sequence[PixelBox] = (),
-        negative_boxes: Sequence[PixelBox] = (),
-        threshold: float | None = None,
-    ) -> Detections:
-        """All instances of a phrase, or of what the boxes show, or of both together.
-
-        boxes: "like this", negative_boxes: "not like this", each left, top, width, height in pixels
-        of the picture. Raises PromptError.
-        """
-        if self._image is None or self.picture is None:
-            raise PromptError("no picture yet: call set_image first")
-        if phrase is None and not boxes:
-            raise PromptError("nothing to look for: give a phrase, or a box around an example")
-        text = self._encode(VISUAL if phrase is None else phrase)
-        prompts = self._prompts(boxes, negative_boxes)
-        candidates = self._detector.ask(self._variables, self._image, text, prompts)
-        if threshold is None:
-            threshold = self.thresholds.get(phrase or VISUAL, self.config.threshold)
-        return full_size(
-            jax.device_get(candidates),
-            0,
-            self.picture.height,
-            self.picture.width,
-            floor=threshold,
-            mask_threshold=self.config.mask_threshold,
-        )
-
-    def draw(self, found: Mapping[str, Detections]) -> Image.Image:
-        """The picture with detections by phrase drawn over it."""
-        instances = [
-            Instance(phrase, tuple(box), rle, float(score))
-            for phrase, detections in found.items()
-            for score, box, rle in zip(
-                detections.scores, detections.boxes_xyxy.tolist(), detections.masks, strict=True
-            )
-        ]
-        return overlay(self.picture, sorted(instances, key=lambda i: -i.score))
-
-    def check_phrase(self, phrase: str) -> None:
-        """Raise PromptError for a phrase that the model cannot read whole."""
-        if not phrase.strip():
-            raise PromptError("the phrase is empty: say what to look for, for example 'red circle'")
-        if not self._tokenizer.fits(phrase):
-            raise PromptError(
-                f"phrase {phrase!r} is {len(self._tokenizer.encode(phrase))} tokens long, this "
-                f"model reads {self._tokenizer.length - 2}: use fewer words"
-            )
-
-    def _encode(self, phrase: str) -> TextFeatures:
-        if phrase not in self._texts:
-            self.check_phrase(phrase)
-            tokens = self._tokenizer([phrase])
-            self._texts[phrase] = self._detector.encode_text(self._variables, tokens)
-        return self._texts[phrase]
-
-    def _prompts(self, positive: Sequence[PixelBox], negative: Sequence[PixelBox]) -> Prompts:
-        """One prompt, its exemplars padded to 0, 4, 8, 16, ...: few shapes to compile for."""
-        boxes = [box_in_picture(box, *self.picture.size) for box in (*positive, *negative)]
-        room = max(4, 1 << (len(boxes) - 1).bit_length()) if boxes else 0
-        padded = np.zeros((1, 1, room, 4), np.float32)
-        padded[0, 0, : len(boxes)] = np.reshape(boxes, (-1, 4))
-        slots = np.arange(room)[None, None]
-        return Prompts(
-            text_id=np.zeros((1, 1), np.int32),
-            valid=np.ones((1, 1), bool),
-            boxes=padded,
-            box_labels=(slots < len(positive)).astype(np.int32),
-            box_valid=slots < len(boxes),
-        )
-
-
-def box_in_picture(box: PixelBox, width: int, height: int) -> list[float]:
-    """left, top, width, height in pixels -> centre x, centre y, width, height in 0..1.
-
-    What reaches over the edge is cut. Raises PromptError where nothing is left.
-    """
-    if len(box) != 4 or not np.isfinite(np.asarray(box, float)).all():
-        raise PromptError(
-            f"box {list(box)}: expected four numbers, left,top,width,height in pixels"
-        )
-    left, right = np.clip([box[0], box[0] + box[2]], 0, width)
-    top, bottom = np.clip([box[1], box[1] + box[3]], 0, height)
-    if box[2] <= 0 or box[3] <= 0:
-        raise PromptError(f"box {list(box)} has no area: left,top,width,height in pixels")
-    if right - left < 1 or bottom - top < 1:
-        raise PromptError(
-            f"box {list(box)} lies outside the picture, which is {width} x {height} pixels: "
-            f"boxes are left,top,width,height in pixels"
-        )
-    return [
-        (left + right) / 2 / width, (top + bottom) / 2 / height,
-        (right - left) / width, (bottom - top) / height,
-    ]  # fmt: skip
+__all__ = ["Detections", "Predictor", "PromptError", "find_pictures", "main"]
 
 
 def find_pictures(patterns: Iterable[str]) -> list[Path]:
@@ -224,11 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.phrase and not options.box:
             raise PromptError("nothing to look for: give --phrase, or --box around an example")
-        files = find_pictures(options.pictures)
+        film = wants_video(options)
+        files = options.pictures if film else find_pictures(options.pictures)
+        if film and (options.box or options.negative_box or not options.phrase):
+            raise PromptError("a video is asked with --phrase; boxes are for pictures")
         predictor = (
-            Predictor.from_model_folder(options.model)
+            Predictor.from_model_folder(options.model, mesh=local_mesh())
             if options.model
-            else Predictor.from_run(options.run, base=options.base)
+            else Predictor.from_run(options.run, base=options.base, mesh=local_mesh())
         )
         for phrase in options.phrase or [VISUAL]:
             predictor.check_phrase(phrase)
@@ -238,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise  # ours are subclasses; a plain one is a defect and keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if film:
+        chunk = ChunkOptions()._replace(frames_per_device=options.frames_per_device)
+        asked = predictor.of_videos(threshold=options.threshold, options=chunk)
+        return int(bool(predict_videos(asked, files, options, output)))
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")
@@ -258,44 +99,59 @@ def predict_files(
     }
     names: set[str] = set()
     failed = 0
-    for number, (file, picture) in enumerate(_read_ahead(files), start=1):
-        try:
-            if isinstance(picture, Exception):
-                raise picture
-            predictor.set_image(picture)
-            found = {
-                phrase or VISUAL: predictor.predict(
-                    phrase,
-                    boxes=options.box,
-                    negative_boxes=options.negative_box,
-                    threshold=options.threshold,
-                )
-                for phrase in phrases
-            }
-        except (DataError, PromptError) as error:
-            failed += 1
-            print(f"{file}: {error}", file=sys.stderr)
-            continue
-        width, height = picture.size
-        image = {"id": number, "file_name": str(file), "width": width, "height": height}
-        record["images"].append(image)
-        for category, detections in enumerate(found.values(), start=1):
-            for result in detections.to_coco(number, category):
-                area = float(coco_mask.area(result["segmentation"]))
-                result |= {"id": len(record["annotations"]) + 1, "iscrowd": 0, "area": area}
-                record["annotations"].append(result)
-        if not options.no_overlay:
-            predictor.draw(found).save(output / _free_name(file, names))
-        counts = ", ".join(f"{len(d)} {phrase}" for phrase, d in found.items())
-        print(f"[{number}/{len(files)}] {file}: {counts}")
+    ask = dict(boxes=options.box, negative_boxes=options.negative_box, threshold=options.threshold)
+    for group in _groups(_read_ahead(files), predictor.at_once):
+        for number, file, picture, found in _find(predictor, group, phrases, ask):
+            if isinstance(found, ValueError):
+                failed += 1
+                print(f"{file}: {found}", file=sys.stderr)
+                continue
+            width, height = picture.size
+            image = {"id": number, "file_name": str(file), "width": width, "height": height}
+            record["images"].append(image)
+            for category, detections in enumerate(found.values(), start=1):
+                for result in detections.to_coco(number, category):
+                    area = float(coco_mask.area(result["segmentation"]))
+                    result |= {"id": len(record["annotations"]) + 1, "iscrowd": 0, "area": area}
+                    record["annotations"].append(result)
+            if not options.no_overlay:
+                predictor.draw(found, picture).save(output / _free_name(file, names))
+            counts = ", ".join(f"{len(d)} {phrase}" for phrase, d in found.items())
+            print(f"[{number}/{len(files)}] {file}: {counts}")
     write_text(output / "predictions.json", json.dumps(record))
     return failed
 
 
-def _read_ahead(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image | Exception]]:
-    """Pictures, or the error of each; the next is decoded while this one is looked at."""
+Read = tuple[int, Path, Image.Image | DataError]
 
-    def read(file: Path) -> Image.Image | Exception:
+
+def _find(
+    predictor: Predictor, group: Sequence[Read], phrases: Sequence[str | None], ask: dict[str, Any]
+) -> Iterator[tuple[int, Path, Any, dict[str, Detections] | ValueError]]:
+    """What is in each picture of a group, or why it could not be asked."""
+    good = [(number, file, p) for number, file, p in group if isinstance(p, Image.Image)]
+    bad = {number: p for number, _, p in group if isinstance(p, DataError)}
+    found: dict[int, dict[str, Detections] | ValueError] = dict(bad)
+    if good:
+        try:
+            predictor.set_images([picture for _, _, picture in good])
+            columns = {phrase or VISUAL: predictor.predict_all(phrase, **ask) for phrase in phrases}
+            for row, (number, _, _) in enumerate(good):
+                found[number] = {phrase: column[row] for phrase, column in columns.items()}
+        except PromptError as error:
+            if len(good) == 1:
+                found[good[0][0]] = error
+            else:  # a box that lies outside one picture: ask each alone
+                for one in good:
+                    found |= {n: f for n, _, _, f in _find(predictor, [one], phrases, ask)}
+    for number, file, picture in group:
+        yield number, file, picture, found[number]
+
+
+def _read_ahead(files: Sequence[Path]) -> Iterator[Read]:
+    """Pictures by number, or the error of each; the next is decoded while this one is looked at."""
+
+    def read(file: Path) -> Image.Image | DataError:
         try:
             return open_rgb(file)
         except DataError as error:
@@ -307,7 +163,19 @@ def _read_ahead(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image | Exc
             picture = following.result()
             if k + 1 < len(files):
                 following = pool.submit(read, files[k + 1])
-            yield file, picture
+            yield k + 1, file, picture
+
+
+def _groups(items: Iterable[Read], size: int) -> Iterator[list[Read]]:
+    """Lists of `size` items, the last one shorter."""
+    group: list[Read] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _free_name(file: Path, taken: set[str]) -> str:
@@ -336,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sam3jax.predict", description="Find phrases in pictures."
     )
-    parser.add_argument("pictures", nargs="+", help="files, folders or globs")
+    parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
     source.add_argument("--model", help="model folder, as python -m convert writes it")
@@ -353,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
+    add_options(parser)
     return parser
 
 

@@ -7,37 +7,37 @@ resume (a checkpoint in the run folder goes before everything), the loop, the su
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from sam3jax.config import Config, ConfigError, load_config
-from sam3jax.data.datasets import open_datasets
-from sam3jax.data.loader import make_train_loader
-from sam3jax.data.pictures import DataError
-from sam3jax.data.prompts import balance, tokenize, vocabulary
-from sam3jax.doctor import describe
+from sam3jax.config import Config, load_config
 from sam3jax.files import write_json
+from sam3jax.tasks import TASKS
 from sam3jax.training.log import RunLog
-from sam3jax.training.optim import build_optimizer, learning_rate
-from sam3jax.training.step import (
-    encode_vocabulary,
-    init_state,
+from sam3jax.training.mesh import (
+    backend_of,
+    join,
+    local_mesh,
     make_mesh,
-    make_train_step,
+    micro_batches,
     put_batch,
     put_replicated,
-    text_is_trained,
 )
+from sam3jax.training.optim import build_optimizer, learning_rate
+from sam3jax.training.rates import count, multipliers
+from sam3jax.training.state import init_state, restore, save
+from sam3jax.training.step import make_train_step
+from sam3jax.training.timing import Timer, peak_memory
 from sam3jax.training.validation import Validation
 from sam3jax.viewing.report import write_report
-from sam3jax.weights.checkpoints import Checkpoints, load_base, open_run_folder, start
-from sam3jax.weights.trainable import Tree, compact, count, merge, multipliers, without_text_tower
+from sam3jax.weights.base import open_base
+from sam3jax.weights.checkpoints import Checkpoints
+from sam3jax.weights.run_folder import open_run_folder
+from sam3jax.weights.trainable import compact, start
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -46,69 +46,80 @@ def train(config: Config) -> dict[str, Any]:
     Raises ConfigError, DataError, FileError: a setting, the data or a file is not right. Nothing is
     written before all of them are read.
     """
-    train_data, valid_data = open_datasets(config)
-    phrases = vocabulary(config.data, *filter(None, (train_data, valid_data)))
-    base = load_base(config)
-    config = base.config
-    tokens = tokenize(phrases, base.tokenizer)
-    trainable, frozen = start(base)
+    base = open_base(config)
+    config, mesh = base.config, make_mesh()
+    task = TASKS[config.task](config, backend_of(mesh))
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    micro = micro_batches(config, mesh)
+    data = task.open(base.tokenizer)
+    loader = task.loader(data, **process)
+    weights = base.load()
+    trainable, frozen = start(weights.params, config)
     rates = multipliers(trainable, frozen, config)
     optimizer = build_optimizer(config, trainable, rates)
-    mesh = make_mesh()
-    if config.batch_size % mesh.size:
-        raise DataError(
-            f"batch_size {config.batch_size} does not divide over {mesh.size} devices: use a multiple of {mesh.size}"
-        )
-    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    loader = make_train_loader(train_data, phrases, tokens, config, **process)
+    trained, total = count(trainable, rates), sum(x.size for x in jax.tree.leaves(weights.params))
 
-    run = open_run_folder(base)
+    run = open_run_folder(config, weights.fingerprint)
     chief = jax.process_index() == 0
-    checkpoints = Checkpoints(run, config)
+    checkpoints = Checkpoints(run, keep=config.keep)
     state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
+    untrained = state.trainable
     if (found := checkpoints.latest()) is not None:
-        state, data_state = checkpoints.restore(found, state)
-        loader.set_state(data_state)
+        state = restore(checkpoints, found, state)
+        loader.set_state(checkpoints.about(found)["data"])
     first = int(state.step)
-    log = RunLog(run, first, config.steps, write=chief)
+    if first >= config.steps and (run / "summary.json").is_file():
+        if chief:
+            print(f"{run} is finished: {first} of {config.steps} steps; raise `steps` to train on")
+        checkpoints.close()
+        return json.loads((run / "summary.json").read_text())
+    validated = checkpoints.validation(first) is not None
+    log = RunLog(run, first, config.steps, validated=validated, write=chief)
     try:
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
-        for line in (*describe(train_data), balance(train_data, config.data, config.seed)):
+        for line in task.describe(data):
             log.say(line)
-        trained, total = count(trainable, rates), _size(base.params)
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
-
-        validate = Validation(config, valid_data, phrases, tokens, frozen, run, log, process)
-        before = validate.base(base) if valid_data is not None and config.init else None
-        frozen = put_replicated(compact(frozen, config.model), mesh)
-        text = None
-        if not text_is_trained(trainable):
-            text = put_replicated(encode_vocabulary(config, merge(trainable, frozen), tokens), mesh)
-            frozen = without_text_tower(frozen)
-        step = make_train_step(config, optimizer, mesh)
-        schedule = learning_rate(config.optim, max(config.steps // config.optim.accumulate, 1))
+        frozen = put_replicated(compact(frozen, config.model, backend_of(mesh)), mesh)
+        prepared, frozen = task.prepare(state.trainable, frozen, data)
+        prepared = put_replicated(prepared, mesh)
+        ask = task.validation(data, local_mesh(mesh), **process)
+        validate, before = None, None
+        if ask is not None:
+            validate = Validation(ask, config, task.best_by, run, log, checkpoints)
+            before = validate.base(untrained, frozen, prepared) if config.init else None
+            if first and not validated and _validates(config, first):
+                validate(state, frozen, prepared, first)
+        del untrained
+        step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
+        schedule = learning_rate(config.optim, config.steps)
         timer = Timer()
         pending = None
         for number in range(first + 1, config.steps + 1):
-            state, metrics = step(state, frozen, text, put_batch(next(loader), mesh))
+            batch = put_batch(next(loader), task.batch_spec, mesh, micro)
+            with jax.transfer_guard("disallow"):  # a hidden copy is an error
+                state, metrics = step(state, frozen, prepared, batch)
             # Read one step late: waiting for step n - 1 while step n runs keeps the device busy.
             if pending is not None:
                 _log_step(log, pending, timer, schedule, config)
             pending = (number, metrics)
-            last = number == config.steps
-            due = config.eval_every and number % config.eval_every == 0
-            scores = validate(state, number) if valid_data is not None and (due or last) else None
-            if scores is not None or last or number % config.save_every == 0:
-                checkpoints.save(state, loader.get_state(), scores)
+            validates = _validates(config, number)
+            if validates or number % config.save_every == 0:
+                # The line of a step is written before its checkpoint, so that a kill loses neither.
+                _log_step(log, pending, timer, schedule, config)
+                pending = None
+                about = {"base": weights.fingerprint, "data": loader.get_state()}
+                save(checkpoints, state, about)
+                if validates and validate is not None:
+                    validate(state, frozen, prepared, number)
                 timer.pause()
-        if pending is not None:
-            _log_step(log, pending, timer, schedule, config, force=True)
-        checkpoints.close()
+        checkpoints.wait()
+        best, last = (checkpoints.validation(s) or {} for s in (checkpoints.best(), config.steps))
         summary = {
             "steps": config.steps, "parameters_trained": trained, "parameters": total,
             "skipped_steps": int(state.skipped), "devices": mesh.size,
-            "step_seconds_median": timer.median(), "peak_memory_gb": _peak_memory(),
-            "base": before, "final": validate.last, "best": validate.best,
+            "step_seconds_median": timer.median(), "peak_memory_gb": peak_memory(),
+            "base": before, "final": last.get("metrics"), "best": best.get("metrics"),
         }  # fmt: skip
         if chief:
             write_json(run / "summary.json", summary)
@@ -116,68 +127,29 @@ def train(config: Config) -> dict[str, Any]:
         log.say(f"done: {run / 'report.html'}")
         return summary
     finally:
+        checkpoints.close()  # a save under way is waited for, whatever ended the loop
         log.close()
         loader.close()
 
 
-class Timer:
-    """Seconds per step, from the end of one to the end of the next; compiling and pauses left out."""
-
-    def __init__(self) -> None:
-        self._times: list[float] = []
-        self._last: float | None = None
-
-    def step_done(self) -> None:
-        now = time.perf_counter()
-        if self._last is not None:
-            self._times.append(now - self._last)
-        self._last = now
-
-    def pause(self) -> None:
-        """What follows (validation, saving) is no part of a step."""
-        self._last = None
-
-    def median(self, recent: int | None = None) -> float | None:
-        times = self._times[-recent:] if recent else self._times
-        return float(np.median(times)) if times else None
+def _validates(config: Config, number: int) -> bool:
+    """Whether a step is validated: every `eval_every`th, and the last one."""
+    due = bool(config.eval_every) and number % config.eval_every == 0
+    return due or number == config.steps
 
 
-def _log_step(log, pending, timer: Timer, schedule, config: Config, force: bool = False) -> None:
+def _log_step(log, pending, timer: Timer, schedule, config: Config) -> None:
     number, metrics = pending
     jax.block_until_ready(metrics)
     timer.step_done()
-    if not (force or number % config.log_every == 0 or number == 1):
+    if number % config.log_every and number not in (1, config.steps):
         return
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    values["rate"] = float(schedule(-(-number // config.optim.accumulate)))
+    values["rate"] = float(schedule(number))
     if (seconds := timer.median(recent=50)) is not None:
         values["images_per_second"] = config.batch_size / seconds
         values["seconds_left"] = (config.steps - number) * seconds
     log.train(number, values)
-
-
-def _size(tree: Tree) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
-
-
-def _peak_memory() -> float:
-    """Gigabytes: of the accelerator where it tells, else of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9  # fmt: skip
-
-
-def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the other processes of a run, before jax is used. Raises ConfigError."""
-    if processes is not None:  # jax itself ends who waits in vain, with a trace from C++
-        where = f"{processes} at {coordinator}"
-        print(f"process {process} of {where}: waiting for the others, up to 5 minutes", flush=True)
-    try:
-        jax.distributed.initialize(coordinator, processes, process)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"cannot join other processes ({error}): give --coordinator HOST:PORT, --num-processes and "
-            f"--process-id, or start under a cluster that jax knows"
-        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

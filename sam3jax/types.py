@@ -19,6 +19,8 @@ from __future__ import annotations
 import jax
 from flax import struct
 
+AXIS = "data"  # the mesh axis over which pictures are split
+
 
 @struct.dataclass
 class Prompts:
@@ -84,6 +86,7 @@ class ClickBatch:
     points [I, K, A, 2] stored with an object, x and y in pixels of these pictures; A may be 0.
     labels [I, K, A] int32: 1 inside, 0 outside, -2 no point.
     image_valid [I] bool, image_id [I] int32 as in Batch.
+    luck [I] uint32, what the prompts of a picture are drawn from; another one each time it is shown.
     """
 
     images: jax.Array
@@ -93,6 +96,7 @@ class ClickBatch:
     labels: jax.Array
     image_valid: jax.Array
     image_id: jax.Array
+    luck: jax.Array
 
 
 @struct.dataclass
@@ -164,3 +168,18 @@ class Outputs:
     presence_logits: jax.Array
     pixel_embed: jax.Array
     semantic_logits: jax.Array
+
+
+@struct.dataclass
+class ClipBatch(Batch):
+    """A batch whose pictures are frames of clips, one clip after the other; image_id is the frame.
+
+    clip [I] int32, which clip of the batch; frame [I] int32, its number in the video; stage [I] int32,
+    its place in the clip, 0 first: losses are normalised by stage. object_id [I, M] int32: an object
+    has the same row in all frames of its clip; -1 where the row holds nothing.
+    """
+
+    clip: jax.Array
+    frame: jax.Array
+    stage: jax.Array
+    object_id: jax.Array

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3jax.config import LossConfig
-from sam3jax.losses.masks import MaskPairs, dice, focal, mask_sums, resize_bilinear
+from sam3jax.losses.elementwise import dice, focal
+from sam3jax.losses.masks import MaskPairs, mask_sums
+from sam3jax.losses.resample import resize_bilinear
 
 QUERIES, TARGETS, TOPK, DIM, LOW, HIGH = 400, 32, 4, 256, 288, 1008
 

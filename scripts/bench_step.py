@@ -27,11 +27,15 @@ from sam3jax.config import Config, parse_config
 from sam3jax.losses import compute_losses
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
+from sam3jax.tasks.detection import Detection
+from sam3jax.training.mesh import backend_of, make_mesh
 from sam3jax.training.optim import build_optimizer
-from sam3jax.training.step import init_state, make_mesh, make_train_step
+from sam3jax.training.rates import count, multipliers
+from sam3jax.training.state import init_state
+from sam3jax.training.step import make_train_step
 from sam3jax.types import Batch, Prompts, Targets, TextFeatures
 from sam3jax.weights.lora import init_lora
-from sam3jax.weights.trainable import compact, count, multipliers, split, without_text_tower
+from sam3jax.weights.trainable import compact, split, without_text_tower
 
 INSTANCES = 3
 
@@ -80,14 +84,17 @@ def prepare(config: Config, real: bool):
     frozen = without_text_tower(frozen)
     optimizer = build_optimizer(config, trainable, rates)
     mesh = make_mesh(jax.devices()[:1])
-    step = make_train_step(config, optimizer, mesh)
+    backend = backend_of(mesh)
+    step = make_train_step(Detection(config, backend), optimizer, mesh, seed=0)
     state = init_state(trainable, optimizer, False)
     if real:
-        frozen = jax.tree.map(jnp.asarray, compact(frozen, config.model))
+        frozen = jax.tree.map(jnp.asarray, compact(frozen, config.model, backend))
     else:
-        frozen = jax.eval_shape(lambda tree: compact(tree, config.model), frozen)
+        frozen = jax.eval_shape(lambda tree: compact(tree, config.model, backend), frozen)
     print(f"parameters trained: {count(trainable, rates):,}", flush=True)
-    return step, state, frozen, text_of(config), batch_of(config)
+    batch = batch_of(config)
+    one = jax.tree.map(lambda x: x[None], batch)  # one micro-batch
+    return step, state, frozen, text_of(config), one.replace(tokens=batch.tokens)
 
 
 def peak_gb() -> float:

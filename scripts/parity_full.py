@@ -109,13 +109,14 @@ def jax_stage(size: str, work: Path) -> int:
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    from convert.weights import flatten, torch_tensors
+    from convert.weights import torch_tensors
     from sam3jax.config import LossConfig
     from sam3jax.losses import compute_losses
     from sam3jax.model import Sam3
     from sam3jax.types import Prompts
     from sam3jax.weights.model_folder import load_model_folder
     from sam3jax.weights.tensor_file import Tensor, write_tensors
+    from sam3jax.weights.tree import flatten
     from tests.bridge import published, targets
 
     with timed("load"):

@@ -22,9 +22,10 @@ import optax
 from sam3jax.config import ClicksConfig, Config, DataConfig
 from sam3jax.data.click_loader import make_click_eval_loader, make_click_loader
 from sam3jax.data.shapes import shapes_dataset
+from sam3jax.inference.click_rounds import evaluation_rounds
 from sam3jax.model import Interactive
 from sam3jax.model.init import init_params
-from sam3jax.tasks.click_rounds import evaluation_rounds, training_rounds
+from sam3jax.tasks.click_training import training_rounds
 from sam3jax.weights.model_folder import load_model_folder, open_model_folder, save_model_folder
 from sam3jax.weights.names import DEFAULT_PARTS, PARTS, parts_of
 

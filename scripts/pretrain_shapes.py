@@ -40,7 +40,8 @@ from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params
 from sam3jax.model.positions import sine_grid
-from sam3jax.training.step import AXIS, make_mesh, put_replicated
+from sam3jax.training.mesh import make_mesh, put_replicated
+from sam3jax.types import AXIS
 from sam3jax.weights.model_folder import save_model_folder
 
 ASKED = 2  # phrases per picture that go through the fusion encoder

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from sam3jax.config import Config, load_config
-from sam3jax.weights.checkpoints import load_base
+from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import is_model_folder, open_model_folder, save_model_folder
 
 
@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("--run", required=True, type=Path, help="run folder")
     parser.add_argument("--out", required=True, type=Path, help="model folder to write")
     options = parser.parse_args()
-    base = load_base(Config(init=str(options.run)))
-    narrow = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), base.params)
+    base = open_base(Config(init=str(options.run)))
+    narrow = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), base.load().params)
     source = {"trained": record(str(options.run)), "jax": jax.__version__}
     save_model_folder(options.out, base.config.model, narrow, base.tokenizer, source=source)
     size = sum(f.stat().st_size for f in options.out.iterdir())

@@ -16,9 +16,11 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# A program that one test compiled, another one takes from here; nothing outlives the session.
-cache = tempfile.TemporaryDirectory(prefix="sam3jax-tests-")
-jax.config.update("jax_compilation_cache_dir", cache.name)
+# A program that one test compiled, another one takes from here. Nothing outlives the session, unless
+# JAX_COMPILATION_CACHE_DIR names a folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.TemporaryDirectory(prefix="sam3jax-tests-")
+    jax.config.update("jax_compilation_cache_dir", cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from sam3jax.config import Config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
-from sam3jax.inference.detector import LoadedRun
 from sam3jax.model import Sam3
 from sam3jax.types import Prompts
+from sam3jax.weights.run_folder import Run
 
 SIZES = dict(
     preset="tiny", image_size=42, pretrain_image_size=42, window_size=3, patch_size=14, vit_dim=32,
@@ -20,7 +20,7 @@ SIZES = dict(
 )  # fmt: skip
 
 
-def small_run(path: Path, seed: int = 0, **sections) -> LoadedRun:
+def small_run(path: Path, seed: int = 0, **sections) -> Run:
     config = Config(model=SIZES, **sections)
     model = Sam3(config.model)
     prompts = Prompts(
@@ -41,4 +41,5 @@ def small_run(path: Path, seed: int = 0, **sections) -> LoadedRun:
         return jax.tree.map(draw, shapes)
 
     tokenizer = Tokenizer(build_byte_tokenizer(config.model.vocab_size), length)
-    return LoadedRun(path, config, model, filled(seed), filled(seed + 1), tokenizer, step=3)
+    tuned, base = filled(seed), filled(seed + 1)
+    return Run(path, config, model, tuned, base, tokenizer, 3, {}, tuned["params"], "noise")

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sam3jax.model import attention as module
-from sam3jax.training.step import make_mesh
+from sam3jax.model import blockwise as by_blocks
+from sam3jax.training.mesh import make_mesh
 
 
 def problem(seed, b=3, n=12, s=10, h=2, k=8, bias=False, mask=None):
@@ -44,7 +45,7 @@ def test_blocks_change_nothing(monkeypatch, mask, bias, rate, block):
     inputs, mask, weight = problem(0, bias=bias, mask=mask)
     options = dict(dropout_rate=rate, dropout_key=jax.random.key(7) if rate else None)
     whole = value_and_gradients(inputs, mask, weight, **options)
-    monkeypatch.setattr(module, "BLOCK", block if block < 1000 else 719)  # of 720 scores
+    monkeypatch.setattr(by_blocks, "BLOCK", block if block < 1000 else 719)  # of 720 scores
     blocks = value_and_gradients(inputs, mask, weight, **options)
     for name, want in whole.items():
         np.testing.assert_allclose(blocks[name], want, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -59,7 +60,7 @@ def test_attention_equals_torch(monkeypatch):
     y = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=seen)
     (y.transpose(1, 2) * torch.tensor(np.asarray(weight))).sum().backward()
     for block in (10**6, 60):
-        monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(by_blocks, "BLOCK", block)
         got = value_and_gradients(inputs, mask, weight)
         np.testing.assert_allclose(got["y"], y.transpose(1, 2).detach(), rtol=1e-5, atol=1e-5)
         for name, tensor in tensors.items():
@@ -68,12 +69,12 @@ def test_attention_equals_torch(monkeypatch):
 
 @pytest.mark.parametrize(("n", "rows"), [(401, 401), (12, 12), (5184, 648), (10, 10)])
 def test_blocks_are_neither_tiny_nor_huge(n, rows):
-    assert module._block_rows((1, n), 5184) == rows
+    assert by_blocks._block_rows((1, n), 5184) == rows
 
 
 def test_a_rematerialised_layer_forms_its_scores_twice_and_not_three_times(monkeypatch):
     """Forward, and once for the gradient: what attention returned is kept, not recomputed."""
-    monkeypatch.setattr(module, "BLOCK", 60)
+    monkeypatch.setattr(by_blocks, "BLOCK", 60)
     inputs, _, _ = problem(2)
 
     class Layer(module.nn.Module):
@@ -95,7 +96,7 @@ def test_a_rematerialised_layer_forms_its_scores_twice_and_not_three_times(monke
 @pytest.mark.parametrize("varying", ["q", "k", "all"])
 def test_blocks_under_shard_map(monkeypatch, varying):
     """Arguments that are the same on all devices may meet others that are not."""
-    monkeypatch.setattr(module, "BLOCK", 60)
+    monkeypatch.setattr(by_blocks, "BLOCK", 60)
     inputs, _, weight = problem(3, b=8, bias=True)
     split = {name: varying in (name, "all") for name in inputs}
     inputs = {k: v if split[k] else jnp.broadcast_to(v[:1], v.shape) for k, v in inputs.items()}

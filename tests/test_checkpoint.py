@@ -10,12 +10,11 @@ import pytest
 from sam3jax.config import ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.model.init import init_params
-from sam3jax.training.optim import build_optimizer
-from sam3jax.training.step import init_state
-from sam3jax.weights import checkpoints as checkpoint
-from sam3jax.weights.checkpoints import fingerprint, load_base, load_run, open_run_folder
+from sam3jax.weights.base import fingerprint, open_base
+from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.model_folder import save_model_folder
-from sam3jax.weights.trainable import multipliers
+from sam3jax.weights.run_folder import open_run_folder, read_run
+from sam3jax.weights.trainable import start
 from tests.small_run import SIZES
 
 TREE = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "b": np.zeros(3, np.float32)}
@@ -60,15 +59,22 @@ def settings(folder, init):
 
 def write_run(folder, init, step: int = 0) -> None:
     """A run folder as the trainer leaves it; every step moves its adapters by 1."""
-    base = load_base(settings(folder, init))
-    trainable, frozen = checkpoint.start(base)
-    rates = multipliers(trainable, frozen, base.config)
-    optimizer = build_optimizer(base.config, trainable, rates)
-    state = init_state(jax.tree.map(lambda x: x + step, trainable), optimizer, False)
-    open_run_folder(base)
-    saved = checkpoint.Checkpoints(folder, base.config)
-    saved.save(state.replace(step=jnp.array(step, jnp.int32)), {}, None)
+    base = open_base(settings(folder, init))
+    weights = base.load()
+    trainable, _ = start(weights.params, base.config)
+    open_run_folder(base.config, weights.fingerprint)
+    saved = Checkpoints(folder, keep=3)
+    about = {"base": weights.fingerprint, "data": {}}
+    saved.save(step, jax.tree.map(lambda x: x + step, trainable), {"step": np.array(step)}, about)
     saved.close()
+
+
+def known(config) -> str:
+    return open_base(config).load().fingerprint
+
+
+def open_again(config) -> None:
+    open_run_folder(open_base(config).config, known(config))
 
 
 def test_a_run_whose_base_was_replaced_is_refused(tmp_path):
@@ -76,18 +82,18 @@ def test_a_run_whose_base_was_replaced_is_refused(tmp_path):
     write_model(model, seed=0)
     write_run(run, init=model)
     write_run(second, init=run)
-    before = load_base(settings(tmp_path, second)).fingerprint
+    before = known(settings(tmp_path, second))
 
     write_model(model, seed=1)
     for folder in (run, second):
         with pytest.raises(ConfigError, match=r"run was trained from other weights .*model holds"):
-            load_run(folder)
+            read_run(folder)
     with pytest.raises(ConfigError, match="train again into another output"):
-        open_run_folder(load_base(settings(run, model)))
+        open_again(settings(run, model))
 
     write_model(model, seed=0)
-    assert load_base(settings(tmp_path, second)).fingerprint == before
-    open_run_folder(load_base(settings(run, model)))
+    assert known(settings(tmp_path, second)) == before
+    open_again(settings(run, model))
 
 
 def test_a_run_on_a_run_that_went_on_is_refused(tmp_path):
@@ -97,4 +103,44 @@ def test_a_run_on_a_run_that_went_on_is_refused(tmp_path):
     write_run(second, init=run)
     write_run(run, init=model, step=1)
     with pytest.raises(ConfigError, match=r"second was trained from other weights .*run holds"):
-        load_run(second)
+        read_run(second)
+
+
+def test_the_best_checkpoint_is_asked_of_the_checkpoints(tmp_path):
+    """The newest two and the best stay; of equal scores the later step is best."""
+    saved = Checkpoints(tmp_path, keep=2)
+    for step, score in enumerate((0.2, 0.5, 0.5, None, 0.1, 0.3), start=1):
+        saved.save(step, {"x": np.full(3, step)}, {"step": np.array(step)}, {"base": "noise"})
+        if score is not None:
+            saved.attach(step, {"metrics": {"AP": score}, "thresholds": {}, "score": score})
+    saved.close()
+    found = Checkpoints(tmp_path)
+    assert (found.best(), found.latest()) == (3, 6)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "5", "6"]  # fmt: skip
+    assert found.validation(3)["metrics"] == {"AP": 0.5}
+    np.testing.assert_array_equal(found.weights(3, {"x": np.zeros(3, int)})["x"], 3)
+    found.close()
+
+
+def test_a_run_of_the_version_before_is_refused_with_what_to_do_and_stays_as_it_is(tmp_path):
+    """As version 0.1 left it: a setting that is gone, one item for the whole state, metrics by orbax."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    write_model(model, seed=0)
+    run.mkdir()
+    text = f"init: {model}\noutput: {run}\nsteps: 2\noptim:\n  accumulate: 1\n"
+    (run / "config.yaml").write_text(text)
+    for item in ("data", "metrics", "state"):
+        (run / "checkpoints" / "2" / item).mkdir(parents=True)
+    refused = r"written by sam3jax 0\.1 .*convert jax-to-torch.*train again into another output"
+    with pytest.raises(ConfigError, match=refused):
+        read_run(run)
+    with pytest.raises(ConfigError, match=refused):
+        open_base(settings(tmp_path / "next", run))
+    with pytest.raises(ConfigError, match=refused):
+        open_run_folder(open_base(settings(run, model)).config, "any")
+    assert (run / "config.yaml").read_text() == text
+
+
+def test_a_setting_that_is_gone_says_what_stands_in_its_place():
+    with pytest.raises(ConfigError, match=r"optim\.accumulate is gone: .*micro_batch"):
+        parse_config({"optim": {"accumulate": 4}})

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sam3jax import demo, train
 from sam3jax.data.folders import read_dataset
-from sam3jax.training.step import make_mesh
+from sam3jax.training.mesh import make_mesh
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import annotation, write
 

@@ -10,17 +10,21 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from sam3jax import evaluate
 from sam3jax.data.folders import read_dataset
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import vocabulary
-from sam3jax.inference.detector import Detector, _mesh_of, _place, read_thresholds
+from sam3jax.evaluation.ask import evaluate_dataset
+from sam3jax.inference.candidates import Candidates
+from sam3jax.inference.detector import Detector
+from sam3jax.inference.full_size import fetch
 from sam3jax.predict import Predictor
+from sam3jax.training.mesh import make_mesh, put_replicated
 from tests.small_run import small_run
 
 NAMES = ["red circle", "cat", "blue dog", "tree", "house"]
@@ -73,7 +77,7 @@ def test_a_picture_asked_in_several_rows_gets_the_answers_of_each_phrase_alone(r
     real = detector.encode_image
     detector.encode_image = lambda *a: encoded.append(1) or real(*a)
     loader = make_eval_loader(dataset, phrases, tokens, run.config, targets=False)
-    found = evaluate.evaluate_dataset(detector, run.variables, loader, dataset, config)
+    found = evaluate_dataset(detector, run.variables, loader, dataset, config)
     assert len(loader) == 5  # 3 pictures x 3 rows of at most 2 prompts
     assert len(encoded) < len(loader)
     assert len(found.predictions) == 3 * 5 * 7
@@ -94,13 +98,13 @@ def test_only_what_was_asked_is_counted(run, folder):
     loader = make_eval_loader(dataset, phrases, run.tokenizer(phrases), run.config)
     config = run.config.evaluation
     detector = Detector(run.model, config)
-    found = evaluate.evaluate_dataset(detector, run.variables, loader, dataset, config, batches=1)
+    found = evaluate_dataset(detector, run.variables, loader, dataset, config, batches=1)
     assert sum(row["instances"] for row in found.per_category) == 4
     assert set(found.pictures) == {0}
 
 
-def test_the_command_compares_probes_and_stores_thresholds(run, folder, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+def test_the_command_compares_and_probes(run, folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "read_run", lambda _: run)
     arguments = ["--run", str(run.path), "--compare", "--probe", str(folder)]
     stale = run.path / "comparison" / "01_of_an_earlier_step.png"
     stale.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +116,7 @@ def test_the_command_compares_probes_and_stores_thresholds(run, folder, monkeypa
     for name, difference in report["compare"]["metrics"].items():
         assert difference == pytest.approx(tuned[name] - base[name])
     assert report["probe"]["metrics"] == tuned  # the same data
-    assert set(read_thresholds(run.path)) == set(NAMES)
+    assert set(report["thresholds"]) == set(NAMES)
     results = json.loads((run.path / "predictions.json").read_text())
     assert {r["image_id"] for r in results} <= {0, 1, 2}
     shown = report["compare"]["pictures"]
@@ -123,33 +127,24 @@ def test_the_command_compares_probes_and_stores_thresholds(run, folder, monkeypa
     assert "probe" in printed
 
 
-def test_base_evaluation_chooses_no_thresholds(run, folder, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+def test_the_base_can_be_evaluated_alone(run, folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "read_run", lambda _: run)
     assert evaluate.main(["--run", str(run.path), "--base", "--split", "train"]) == 0
     assert json.loads((run.path / "evaluation.json").read_text())["weights"] == "base"
-    assert read_thresholds(run.path) == {}
 
 
 def test_a_missing_split_is_one_sentence(run, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+    monkeypatch.setattr(evaluate, "read_run", lambda _: run)
     assert evaluate.main(["--run", str(run.path), "--split", "holiday"]) == 2
     assert "holiday" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file_is_one_sentence(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+    monkeypatch.setattr(evaluate, "read_run", lambda _: run)
     (tmp_path / "file").write_text("mine")
     assert evaluate.main(["--run", str(run.path), "--output", str(tmp_path / "file")]) == 2
     assert "file: there is a file; give another folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def replicated_on(devices: int, tree):
-    if jax.device_count() < devices:
-        pytest.skip(f"fewer than {devices} devices")
-    axis = (AxisType.Auto,)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=axis, devices=jax.devices()[:devices])
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def test_two_devices_answer_as_one(run, folder):
@@ -157,34 +152,51 @@ def test_two_devices_answer_as_one(run, folder):
     phrases = vocabulary(run.config.data, dataset)
     config = run.config.evaluation.model_copy(update={"score_floor": 0.0})
     found = []
-    for variables in (run.variables, replicated_on(2, run.variables)):
+    for devices in (1, 4):  # three pictures: the last row of four only fills up
         tokens = run.tokenizer(phrases)
-        loader = make_eval_loader(dataset, phrases, tokens, run.config, targets=False)
-        detector = Detector(run.model, config)
-        found.append(evaluate.evaluate_dataset(detector, variables, loader, dataset, config))
+        loader = make_eval_loader(
+            dataset, phrases, tokens, run.config, targets=False, batch_size=devices
+        )
+        detector = Detector(run.model, config, make_mesh(jax.devices()[:devices]))
+        found.append(evaluate_dataset(detector, run.variables, loader, dataset, config))
     assert len(found[0].predictions) == 105
     for a, b in zip(found[0].predictions, found[1].predictions, strict=True):
         assert a["score"] == pytest.approx(b["score"], abs=1e-5)
         assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-3)
 
 
-def test_a_batch_that_does_not_divide_is_asked_on_one_device():
-    variables = replicated_on(3, {"params": np.arange(5.0), "lora": None})
-    mesh = _mesh_of(variables)
-    placed, rows = _place(variables, mesh, 2)
-    assert rows is None
-    assert len(placed["params"].sharding.device_set) == 1
-    np.testing.assert_array_equal(placed["params"], np.arange(5.0))
-    placed, rows = _place(variables, mesh, 6)
-    assert rows.spec == PartitionSpec(("data",))
-    assert _mesh_of({"params": np.ones(3)}) is None
+def test_weights_that_lie_on_the_devices_are_not_copied(run):
+    mesh = make_mesh(jax.devices()[:3])
+    there = put_replicated({"kernel": np.arange(5.0)}, mesh)
+    placed = Detector(run.model, run.config.evaluation, mesh).place(there)
+    pointers = lambda x: [s.data.unsafe_buffer_pointer() for s in x.addressable_shards]
+    assert pointers(placed["kernel"]) == pointers(there["kernel"])
+    few = Detector(run.model, run.config.evaluation, make_mesh(jax.devices()[1:2])).place(there)
+    assert pointers(few["kernel"]) == pointers(there["kernel"])[1:2]
+
+
+def test_no_mask_is_fetched_of_what_is_too_weak():
+    """The strongest come first; scores are read before masks."""
+    rng = np.random.default_rng(0)
+    scores = np.sort(rng.uniform(size=(3, 9)), 1)[:, ::-1]
+    masks = rng.normal(size=(3, 9, 2, 2))
+    candidates = Candidates(
+        scores, rng.uniform(size=(3, 9, 4)), masks, rng.uniform(size=(3, 9)) < 0.7
+    )
+    for floor in (0.0, 0.3, 0.5, 0.8, 1.0):
+        got = fetch(jax.tree.map(jnp.asarray, candidates), floor)
+        above = (scores > floor) & candidates.keep
+        number = got.scores.shape[1]
+        assert not above[:, number:].any()
+        assert number <= 2 * max(np.flatnonzero(above.any(0)).max(initial=-1) + 1, 0)
+        np.testing.assert_allclose(got.mask_logits, masks[:, :number], rtol=1e-6)
 
 
 def test_two_processes_know_each_others_answers(tmp_path):
     program = """
 import sys, jax
 jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
-from sam3jax.evaluate import _of_all_processes
+from sam3jax.evaluation.ask import _of_all_processes
 me = jax.process_index()
 asked, found = _of_all_processes({{(f"é{{me}}", k) for k in range(3 + me)}}, [{{"score": me / 7}}] * (1 + 5 * me))
 assert len(asked) == 7 and ("é1", 3) in asked and ("é0", 0) in asked, asked

@@ -12,8 +12,9 @@ from sam3jax.config import Config, ConfigError, LoraConfig, ModelConfig
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
 from sam3jax.training.optim import build_optimizer, learning_rate
+from sam3jax.training.rates import count, multipliers
 from sam3jax.weights.lora import init_lora, linear_layers, merge_lora
-from sam3jax.weights.trainable import count, merge, multipliers, split
+from sam3jax.weights.trainable import merge, split
 from tests.batches import random_batch, small_config, small_params, small_split
 
 VIT = "backbone.vision_backbone.trunk.blocks"
@@ -148,9 +149,22 @@ def test_schedule_equals_the_published_one():
     config = small_config(
         optim={"learning_rate": 8e-5, "schedule": "inverse_sqrt", "warmup_steps": 7, "timescale": 20, "cooldown_steps": 9}
     ).optim  # fmt: skip
-    ours, theirs = learning_rate(config, 100), scheduler(8e-5, 7, 9, 20)
+    # Updates are counted from 1, so that warm-up loses none; the cool-down from 0, so that it does not end at 0.
+    ours, theirs = learning_rate(config, 100), scheduler(8e-5, 7, 0, 20)
     for n in range(1, 101):
-        np.testing.assert_allclose(float(ours(n)), theirs(n, n / 100), rtol=1e-5, atol=1e-12)
+        want = theirs(n, n / 100) * min(1.0, (100 - (n - 1)) / 9)
+        np.testing.assert_allclose(float(ours(n)), want, rtol=1e-5, atol=1e-12)
+    assert float(ours(100)) > 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "inverse_sqrt"])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "cooldown"), [(1, 0, 0), (1, 0, 5), (7, 3, 2), (5, 9, 0)]
+)
+def test_every_update_has_a_rate(schedule, steps, warmup, cooldown):
+    optim = {"schedule": schedule, "warmup_steps": warmup, "cooldown_steps": cooldown}
+    rate = learning_rate(small_config(optim=optim).optim, steps)
+    assert min(float(rate(n)) for n in range(1, steps + 1)) > 1e-8
 
 
 def test_init_is_the_same_for_the_same_seed_and_has_torch_like_scales():

@@ -6,13 +6,14 @@ import pytest
 
 from convert import to_flax, to_torch
 from convert.__main__ import main
-from convert.weights import ConversionError, flatten
+from convert.weights import ConversionError
 from sam3jax.config import ModelConfig, parse_config
 from sam3jax.data.tokenizer import build_byte_tokenizer
 from sam3jax.files import FileError
 from sam3jax.model import Interactive
 from sam3jax.model.init import init_params, parameter_shapes
 from sam3jax.model.interactive import ROOTS
+from sam3jax.training.rates import multipliers
 from sam3jax.weights.lora import init_lora, linear_layers, merge_lora
 from sam3jax.weights.model_folder import load_model_folder, open_model_folder, save_model_folder
 from sam3jax.weights.names import (
@@ -24,8 +25,10 @@ from sam3jax.weights.names import (
     roots,
 )
 from sam3jax.weights.parts import leaf_shapes, official_name, torch_shapes
+from sam3jax.weights.scope import CLICKS
 from sam3jax.weights.tensor_file import Tensor, read_tensors, stream_tensors
-from sam3jax.weights.trainable import merge, multipliers, split
+from sam3jax.weights.trainable import merge, split
+from sam3jax.weights.tree import flatten
 
 TINY = ModelConfig(preset="tiny")
 ALL = tuple(PARTS)
@@ -214,20 +217,26 @@ def test_sizes_of_the_heads_are_read_from_their_shapes(tmp_path):
 
 
 def config(**changes):
-    return parse_config({"model": {"preset": "tiny"}, **changes})
+    return parse_config({"task": "clicks", "model": {"preset": "tiny"}, **changes})
 
 
-def test_training_everything_leaves_the_frequencies():
+def test_training_everything_leaves_buffers_and_what_clicks_do_not_read():
     everything = config(train="all", lora={"enabled": False})
     params = init_params(TINY, 0, ALL)
-    trainable, frozen = split(params, {}, {}, everything, ALL)
-    assert list(flat(frozen["params"])) == ["prompt_encoder/frequencies"]
+    trainable, frozen = split(params, {}, {}, everything)
+    buffer = {"prompt_encoder/frequencies"}
+    read = {name for name in flat(params) if name.split("/")[0] in CLICKS.reads}
+    assert flat(trainable["params"]).keys() == read - buffer
+    assert flat(frozen["params"]).keys() == flat(params).keys() - read | buffer
     merged = merge(trainable, frozen)["params"]
     assert same(flat(merged), flat(params))
     rates = multipliers(trainable, frozen, everything)
     assert flatten(rates).keys() == flatten(trainable).keys()
     with pytest.raises(Exception, match="matches no layer"):
-        split(params, {}, {}, config(trainable=["*.positional_encoding_gaussian_matrix"]), ALL)
+        split(params, {}, {}, config(trainable=["*.positional_encoding_gaussian_matrix"]))
+    # Nothing of clicks passes through the detector's own decoder.
+    with pytest.raises(Exception, match="matches no layer"):
+        split(params, {}, {}, config(trainable=["transformer.decoder.*"]))
 
 
 def test_adapters_reach_every_linear_layer_of_the_heads():
@@ -238,7 +247,7 @@ def test_adapters_reach_every_linear_layer_of_the_heads():
     # Two blocks of 3 x 4 + 2, the last attention, four networks and two heads of three layers.
     assert len(layers) == 2 * 14 + 4 + 6 * 3
     params = init_params(TINY, 0, ALL)
-    lora, scale = init_lora(jax.random.key(0), params, TINY, adapted.lora, ALL)
+    lora, scale = init_lora(jax.random.key(0), params, TINY, adapted.lora, CLICKS)
     assert lora["mask_decoder"]["output_hypernetworks_mlps"]["layers_0"]["a"].shape == (4, 64, 2)
     rng = np.random.default_rng(0)
     lora = jax.tree.map(lambda x: x + 0.03 * rng.normal(size=x.shape).astype(np.float32), lora)

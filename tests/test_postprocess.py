@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from sam3jax.inference import postprocess
+from sam3jax.inference import candidates as on_device
+from sam3jax.inference import full_size as on_host
 from sam3jax.types import Detections as Queries
 from sam3jax.types import Outputs
 
@@ -57,9 +58,9 @@ def test_equal_to_the_torch_package_on_the_same_outputs(seed):
         sizes,
         sizes,
     )  # fmt: skip
-    candidates = postprocess.top_candidates(outputs, limit=QUERIES)
+    candidates = on_device.top_candidates(outputs, limit=QUERIES)
     for pair, (height, width) in enumerate(SIZES):
-        found = postprocess.full_size(candidates, pair, height, width)
+        found = on_host.full_size(candidates, pair, height, width)
         order = np.argsort(-expected[pair]["scores"].numpy(), kind="stable")
         np.testing.assert_allclose(found.scores, expected[pair]["scores"][order], atol=1e-5)
         np.testing.assert_allclose(
@@ -80,7 +81,7 @@ def test_masks_of_a_large_picture_equal_torch_strip_by_strip():
         torch.from_numpy(logits)[None], (height, width), mode="bilinear", align_corners=False
     )[0].numpy()
     for threshold in (0.5, 0.8):
-        found = postprocess.enlarge_masks(logits, height, width, threshold=threshold)
+        found = on_host.enlarge_masks(logits, height, width, threshold=threshold)
         cutoff = np.log(threshold / (1 - threshold))
         for rle, truth in zip(found, expected > cutoff, strict=True):
             assert rle["size"] == [height, width]
@@ -97,7 +98,7 @@ def test_a_small_mask_in_a_large_picture_is_whole(corner):
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(logits)[None], (height, width), mode="bilinear", align_corners=False
     )[0, 0].numpy()
-    (found,) = postprocess.enlarge_masks(logits, height, width)
+    (found,) = on_host.enlarge_masks(logits, height, width)
     assert (coco_mask.decode(found).astype(bool) != (expected > 0)).sum() <= 9
 
 
@@ -106,10 +107,10 @@ def test_run_lengths_are_what_pycocotools_would_write():
     logits[0] = 4  # all of the picture
     logits[1, :, 0] = 4  # touches the first pixel
     logits[2, :, -1] = 4  # touches the last pixel; logits[3] is empty
-    for rle in postprocess.enlarge_masks(logits, 24, 36):
+    for rle in on_host.enlarge_masks(logits, 24, 36):
         mask = coco_mask.decode(rle)
         assert rle["counts"] == coco_mask.encode(np.asfortranarray(mask))["counts"]
-    areas = [int(coco_mask.area(rle)) for rle in postprocess.enlarge_masks(logits, 24, 36)]
+    areas = [int(coco_mask.area(rle)) for rle in on_host.enlarge_masks(logits, 24, 36)]
     assert areas[0] == 24 * 36
     assert areas[1] == areas[2] > 0
     assert areas[3] == 0
@@ -117,12 +118,12 @@ def test_run_lengths_are_what_pycocotools_would_write():
 
 def test_only_the_strongest_are_kept_in_order_of_score():
     outputs = random_outputs(7)
-    candidates = postprocess.top_candidates(outputs, limit=3)
-    everything = np.asarray(postprocess.scores(outputs))
+    candidates = on_device.top_candidates(outputs, limit=3)
+    everything = np.asarray(on_device.scores(outputs))
     np.testing.assert_array_equal(candidates.scores, -np.sort(-everything, axis=1)[:, :3])
     assert candidates.mask_logits.shape == (PAIRS, 3, CELLS, CELLS)
     floor = float(candidates.scores[0, 1])
-    found = postprocess.full_size(candidates, 0, 20, 30, floor=floor)
+    found = on_host.full_size(candidates, 0, 20, 30, floor=floor)
     assert len(found) == 1
     assert found.scores[0] > floor
 
@@ -139,7 +140,7 @@ def test_mask_nms_equals_torchvision_where_masks_are_boxes():
     for b in range(pairs):
         for k, (left, top, right, bottom) in enumerate(boxes[b]):
             masks[b, k, top:bottom, left:right] = True
-    keep = np.asarray(jax.jit(postprocess.mask_nms, static_argnums=1)(masks, 0.3))
+    keep = np.asarray(jax.jit(on_device.mask_nms, static_argnums=1)(masks, 0.3))
     strength = torch.linspace(1, 0.1, count)
     for b in range(pairs):
         expected = ops.nms(torch.from_numpy(boxes[b]).float(), strength, 0.3)
@@ -151,8 +152,8 @@ def test_results_are_plain_coco_json():
     import json
 
     outputs = random_outputs(1)
-    candidates = postprocess.top_candidates(outputs, limit=QUERIES)
-    found = postprocess.full_size(candidates, 2, 40, 60, limit=4)
+    candidates = on_device.top_candidates(outputs, limit=QUERIES)
+    found = on_host.full_size(candidates, 2, 40, 60, limit=4)
     results = json.loads(json.dumps(found.to_coco(image_id=8, category_id=0)))
     assert [r["score"] for r in results] == pytest.approx(found.scores.tolist())
     x, y, width, height = results[0]["bbox"]

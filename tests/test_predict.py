@@ -12,8 +12,10 @@ from pycocotools import mask as coco_mask
 from sam3jax import predict
 from sam3jax.data.coco import parse_coco
 from sam3jax.data.loader import make_eval_loader
-from sam3jax.evaluate import Detector, evaluate_dataset
+from sam3jax.evaluation.ask import evaluate_dataset
+from sam3jax.inference.detector import Detector
 from sam3jax.predict import Predictor, PromptError
+from sam3jax.viewing import predictor as predictor_module
 from tests.small_run import small_run
 
 
@@ -117,7 +119,12 @@ def test_a_box_that_shows_nothing_is_refused(predictor, boxes, complaint):
 
 
 def test_a_box_over_the_edge_is_cut():
-    assert predict.box_in_picture((70, 50, 20, 20), 80, 60) == [75 / 80, 55 / 60, 10 / 80, 10 / 60]
+    assert predictor_module.box_in_picture((70, 50, 20, 20), 80, 60) == [
+        75 / 80,
+        55 / 60,
+        10 / 80,
+        10 / 60,
+    ]
 
 
 def test_questions_without_sense_are_refused(run, predictor):

@@ -6,7 +6,7 @@ import numpy as np
 
 from sam3jax.config import parse_config
 from sam3jax.data.transforms import box_of_mask
-from sam3jax.weights.checkpoints import load_base
+from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import open_model_folder
 from scripts import pretrain_shapes
 
@@ -44,8 +44,8 @@ def test_a_short_pretraining_writes_a_folder_that_training_starts_from(tmp_path,
     pretrain_shapes.main()
     source = open_model_folder(out).source
     assert (source["steps"], source["pictures"], source["concepts"]) == (2, 8, "seen")
-    base = load_base(parse_config({"init": str(out), "data": {"train": "shapes"}}))
-    assert np.abs(base.params["vit"]["pos_embed"]).max() > 0.5
+    base = open_base(parse_config({"init": str(out), "data": {"train": "shapes"}}))
+    assert np.abs(base.load().params["vit"]["pos_embed"]).max() > 0.5
     assert not np.allclose(
-        base.params["fusion_encoder"]["layers"]["linear1"]["bias"], 0
+        base.load().params["fusion_encoder"]["layers"]["linear1"]["bias"], 0
     )  # trained in the last step

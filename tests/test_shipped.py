@@ -6,16 +6,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sam3jax import evaluate
 from sam3jax.config import parse_config
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.data.shapes import shapes_dataset
+from sam3jax.evaluation.ask import evaluate_dataset
 from sam3jax.files import FileError
 from sam3jax.inference.detector import Detector
 from sam3jax.model import Sam3
 from sam3jax.predict import Predictor
-from sam3jax.weights.checkpoints import load_base
+from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import SHIPPED, is_model_folder, locate, open_model_folder
 
 NAME = f"{SHIPPED}tiny_shapes"
@@ -41,15 +41,15 @@ def test_it_finds_and_masks_what_it_was_taught_on_pictures_it_has_not_seen(tmp_p
             "evaluation": {"batch_size": 4},
         }
     )
-    base = load_base(config)
+    base = open_base(config)
     data = shapes_dataset("test", config.data)
     phrases = vocabulary(config.data, data)
     loader = make_eval_loader(
         data, phrases, tokenize(phrases, base.tokenizer), base.config, targets=False
     )
     detector = Detector(Sam3(base.config.model), config.evaluation)
-    found = evaluate.evaluate_dataset(
-        detector, {"params": base.params}, loader, data, config.evaluation
+    found = evaluate_dataset(
+        detector, {"params": base.load().params}, loader, data, config.evaluation
     )
     assert found.metrics["segm/AP50"] > 0.5
     assert found.metrics["false_alarms"] < 0.1

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sam3jax import evaluate, train
 from sam3jax.config import dump_config, load_config
-from sam3jax.training.step import make_mesh
+from sam3jax.training.mesh import make_mesh
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import write_small_shapes
 
@@ -54,7 +54,7 @@ def undisturbed(data, tmp_path_factory):
 def test_a_run_folder_holds_what_it_should(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
     expected = {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "predictions",
-                "summary.json", "evaluation.json", "report.html", "thresholds.json"}  # fmt: skip
+                "summary.json", "evaluation.json", "report.html"}  # fmt: skip
     assert expected <= names
     found = losses(undisturbed)
     assert sorted(found) == list(range(1, STEPS + 1))
@@ -79,11 +79,11 @@ def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monk
     put = train.put_batch
     seen = []
 
-    def failing(batch, mesh):
+    def failing(batch, *rest):
         if len(seen) == 4:
             raise Killed
         seen.append(batch)
-        return put(batch, mesh)
+        return put(batch, *rest)
 
     monkeypatch.setattr(train, "put_batch", failing)
     with pytest.raises(Killed):
@@ -96,7 +96,7 @@ def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monk
 
 
 def test_evaluate_says_what_the_log_said(undisturbed):
-    logged = json.loads((undisturbed / "best.json").read_text())["metrics"]
+    logged = json.loads((undisturbed / "summary.json").read_text())["best"]
     assert evaluate.main(["--run", str(undisturbed)]) == 0
     again = json.loads((undisturbed / "evaluation.json").read_text())["metrics"]
     assert again == logged
@@ -107,7 +107,7 @@ def test_lora_starts_from_a_run_and_equals_what_evaluate_says(data, undisturbed,
     extra = {"init": undisturbed, "lora.rank": 2}
     assert train.main(arguments(data, run, **extra)) == 0
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["base"] == json.loads((undisturbed / "best.json").read_text())["metrics"]
+    assert summary["base"] == json.loads((undisturbed / "summary.json").read_text())["best"]
     assert 0 < summary["parameters_trained"] < summary["parameters"]
     assert evaluate.main(["--run", str(run), "--compare"]) == 0
     report = json.loads((run / "evaluation.json").read_text())

@@ -226,6 +226,9 @@ class LossConfig(_Section):
         description="N of box and mask losses: targets of the global batch, of this device, or 1",
     )
     normalize_by_valid_object_num: bool = False
+    normalize_by_stage_num: bool = Field(
+        False, description="divide the loss of clips by their number of frames"
+    )
     scale_by_find_batch_size: bool = Field(
         True, description="times the square root of the number of prompts"
     )
@@ -243,6 +246,11 @@ class LossConfig(_Section):
         return values
 
 
+STANDARD_AUGMENTATION: dict[str, Any] = dict(
+    flip=True, crop=0.7, brightness=0.2, contrast=0.2, colour=0.2, grey=0.05, blur=1.0, noise=6.0
+)  # what data.augment=standard means
+
+
 class DataConfig(_Section):
     """Where the pictures are and what is asked of them."""
 
@@ -253,7 +261,24 @@ class DataConfig(_Section):
         None, description="the same for validation; None: the folder's own valid split, if any"
     )
     train_split: str = Field("train", description="split of a Roboflow or classic COCO folder")
-    valid_split: str = "valid"
+    valid_split: str = Field("valid", description="the same for validation")
+    allow_outside: bool = Field(
+        False,
+        description="read pictures that names or links of the data lead to outside its folder",
+    )
+    window: tuple[float, float] | None = Field(
+        None,
+        description="values that become black and white in pictures of more than eight bits; None: "
+        "what each picture holds",
+    )
+    slices: Literal[1, 3] = Field(
+        1,
+        description="3: a slice and its two neighbours (of a stack, or by the number in the file name) "
+        "are the three channels",
+    )
+    max_megapixels: float = Field(
+        150, gt=0, le=178, description="larger pictures are refused before they fill the memory"
+    )
     limit: int | None = Field(
         None, ge=1, description="use only the first pictures of each split, to see whether they fit"
     )
@@ -281,7 +306,12 @@ class DataConfig(_Section):
         None, ge=1, description="targets per prompt; None: the most that the data has"
     )
     exemplars: int = Field(0, ge=0, description="box exemplars per prompt at most")
-    exemplar_probability: float = Field(0.5, ge=0, le=1)
+    exemplar_probability: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of questions that show box exemplars, where exemplars > 0",
+    )
     visual_probability: float = Field(
         0.0, ge=0, le=1, description="ask with a box alone (phrase 'visual')"
     )
@@ -295,17 +325,63 @@ class DataConfig(_Section):
         ge=1,
         description="smallest random edge, pixels; the rest is padded. None: no random size",
     )
-    workers: int = Field(0, ge=0, description="loader processes; 0: in the main process")
+    repeat_threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="pictures of a category that is in a smaller share of all pictures are shown more "
+        "often, by the square root of the ratio (repeat factor sampling, LVIS); 0: off",
+    )
+    augment: Literal["off", "standard"] = Field(
+        "off",
+        description="standard: flip, crop and moderate colour, grey, blur and noise; other keys "
+        "override it",
+    )
+    brightness: float = Field(
+        0.0, ge=0, le=1, description="brightness times 1 - this to 1 + this, training only"
+    )
+    contrast: float = Field(
+        0.0, ge=0, le=1, description="contrast around the picture's mean, the same way"
+    )
+    colour: float = Field(0.0, ge=0, le=1, description="strength of colours, the same way")
+    grey: float = Field(0.0, ge=0, le=1, description="share of training pictures without colour")
+    blur: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="largest radius, pixels of the model's picture; a quarter of the pictures",
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="largest standard deviation of noise, of 255 grey levels; a quarter of the pictures",
+    )
+    workers: int = Field(0, ge=0, le=256, description="loader processes; 0: in the main process")
     shapes_concepts: Literal["basic", "seen", "combinations", "new", "new_with_old", "all"] = Field(
         "basic", description="phrases of the generated data, see sam3jax/data/shapes.py"
     )
     shapes_size: int = Field(256, ge=64, description="longer edge of generated pictures, pixels")
-    shapes_seed: int = Field(0, ge=0)
+    shapes_seed: int = Field(0, ge=0, description="another seed, other generated pictures")
     shapes_train: int = Field(2000, ge=1, description="generated training pictures")
     shapes_valid: int = Field(100, ge=1, description="generated validation pictures")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("augment") == "standard":
+            return {**STANDARD_AUGMENTATION, **values}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        phrases = [*self.phrases, *self.phrases.values(), *self.negative_phrases]
+        if not all(phrase.strip() for phrase in phrases):
+            raise ValueError("phrases and negative_phrases: a phrase is empty; give it words")
+        if self.window is not None and not self.window[0] < self.window[1]:
+            raise ValueError(
+                f"window {list(self.window)}: the first value, for black, must be below the second"
+            )
         if self.visual_probability and not self.exemplars:
             raise ValueError(
                 "visual_probability asks with boxes, but exemplars is 0: set data.exemplars=1 or more"
@@ -334,9 +410,6 @@ class OptimConfig(_Section):
         0, ge=0, description="linear to zero at the end (inverse_sqrt, constant)"
     )
     clip_norm: float = Field(0.1, gt=0, description="global gradient norm")
-    accumulate: int = Field(
-        1, ge=1, description="steps whose gradients are averaged into one update"
-    )
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of averaged weights used for evaluation; 0: off"
     )
@@ -345,7 +418,7 @@ class OptimConfig(_Section):
 class EvalConfig(_Section):
     """How predictions are made and counted, in validation, evaluate and predict alike."""
 
-    batch_size: int = Field(2, ge=1)
+    batch_size: int = Field(2, ge=1, description="pictures that a device looks at at once")
     threshold: float = Field(0.5, ge=0, le=1, description="score of a detection worth showing")
     max_detections: int = Field(
         100,
@@ -441,9 +514,31 @@ class ClicksConfig(_Section):
         return self
 
 
+# What a task sets where the user does not.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clicks": {
+        # The heads are small: they are trained themselves, and the detector beside them stays as it is.
+        "trainable": ("backbone.vision_backbone.sam2_convs.*", "tracker.*"),
+        "lora": {
+            "enabled": False,
+            "targets": (
+                "backbone.vision_backbone.trunk.blocks.*.attn.*",
+                "backbone.vision_backbone.trunk.blocks.*.mlp.*",
+                "tracker.sam_mask_decoder.transformer.*",
+            ),
+        },
+    },
+}
+
+
 class Config(_Section):
     """A whole run."""
 
+    task: Literal["detect", "clicks"] = Field(
+        "detect",
+        description="what is trained: detect: find every instance of a phrase; clicks: masks from points, "
+        "boxes and masks, corrected click by click",
+    )
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
@@ -464,16 +559,50 @@ class Config(_Section):
         (), description="patterns of parameters trained beside the adapters"
     )
     steps: int = Field(1000, ge=1)
-    batch_size: int = Field(1, ge=1, description="pictures per step over all devices")
+    batch_size: int = Field(
+        1, ge=1, description="pictures of one update, over all devices and micro-batches"
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="pictures that a device holds at once; gradients of several micro-batches are added up. "
+        "None: batch_size divided by the number of devices",
+    )
     seed: int = 0
     eval_every: int = Field(200, ge=0, description="steps between validations; 0: only at the end")
     save_every: int = Field(200, ge=1)
     log_every: int = Field(10, ge=1)
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
-    best_metric: str = "segm/AP"
+    best_metric: str | None = Field(
+        None,
+        description="metric by which the best checkpoint is chosen; None: the task's own, for detection "
+        "segm/AP, or bbox/AP where no mask is annotated",
+    )
     resume: bool = Field(
         True, description="continue where the run folder's newest checkpoint stands"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_task(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        own = TASK_DEFAULTS.get(str(values.get("task", "detect")), {})
+        out = dict(values)
+        for key, value in own.items():
+            given = out.get(key, {} if isinstance(value, dict) else value)
+            both = isinstance(value, dict) and isinstance(given, dict)
+            out[key] = {**value, **given} if both else given
+        return out
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.loss.weak_loss and self.micro_batch is not None:
+            raise ValueError(
+                "loss.weak_loss divides by the queries that were matched in the whole batch, which a micro-batch "
+                "cannot know: leave micro_batch out"
+            )
+        return self
 
 
 def load_config(
@@ -541,9 +670,18 @@ def _scalar(value: Any) -> Any:
     return value
 
 
+# Settings of earlier versions: what stands in their place.
+_GONE = {
+    "optim.accumulate": "batch_size now counts the pictures of one update, and micro_batch those that a device "
+    "holds at once: batch_size 1 with accumulate 4 is batch_size=4 micro_batch=1, with a quarter of the steps",
+}
+
+
 def _explain(error: dict[str, Any], section: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path) or "config"
+    if name in _GONE:
+        return f"config key {name} is gone: {_GONE[name]}"
     if error["type"] == "extra_forbidden":
         fields = section
         for part in path[:-1]:

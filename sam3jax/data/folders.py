@@ -4,98 +4,194 @@ Roboflow   root/train/_annotations.coco.json beside the pictures, root/valid, ro
 classic    root/annotations/instances_train2017.json, pictures in root/train2017,
            root/images/train2017, root/images, ...
 flat       root/<one>.json beside the pictures or above them; or the path of the JSON itself
+
+Names that begin with a dot (._x, .vscode) or with __MACOSX are never looked at. A folder is a split
+where its JSON is COCO; other JSON files (settings, classes) are no concern of ours.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from sam3jax.data import formats
 from sam3jax.data.coco import Dataset, load_json, parse_coco
-from sam3jax.data.pictures import DataError, check_pictures
+from sam3jax.data.finder import Finder
+from sam3jax.data.json_file import looks_like_coco
+from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.pictures import DEFAULT, Reading, check_pictures
+from sam3jax.data.records import ImageRecord
 
-PICTURES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
+PICTURES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+    + (".heic", ".heif", ".avif", ".dcm", ".nii")
+)
 _VALID = ("valid", "val", "validation")
 _ALIASES = {"valid": _VALID, "val": _VALID, "train": ("train", "training")}
 _SPLIT_WORDS = {"test", *_VALID, *_ALIASES["train"]}
 _OTHER_TASKS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info", "deprecated")
+_MACOS = "__MACOSX"
 ONLY = "all"  # the split of a folder that has no splits
+DEFAULT_SPLITS = ("train", "valid", ONLY)  # what is asked of such a folder without meaning a split
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether macOS or an editor left the file or folder there: ._x, .vscode, __MACOSX."""
+    return path.name.startswith(".") or path.name == _MACOS
 
 
 def find_splits(path: str | Path) -> dict[str, Path]:
     """Split name -> annotation file. A folder (or JSON) without splits has one, named `all`.
 
-    Raises DataError where the folder does not exist or holds no annotation file.
+    Raises DataError where the folder does not exist or holds no annotation file, or several of which
+    none is the obvious one.
     """
     root = Path(path).expanduser()
     if not root.exists():
         raise DataError(f"no data set at {root}: check the path (data.train, data.valid)")
-    if root.is_file():
+    if not root.is_dir():
         return {ONLY: root}
     splits: dict[str, Path] = {}
-    folders = [p for p in root.iterdir() if p.is_dir() and p.name != "annotations"]
+    folders = [p for p in _entries(root) if p.is_dir() and p.name != "annotations"]
     for folder in sorted(folders, key=lambda p: (not p.name.startswith("train"), p.name)):
         if file := _annotation_file(folder):
             splits[folder.name] = file
+    taken = {_kind(name) for name in splits}
     for folder in (root / "annotations", root):
-        if folder.is_dir() and not splits:
-            splits = _named_files(folder)
+        named = _named_files(folder) if folder.is_dir() else {}
+        if splits:  # beside split folders, only what names another split
+            named = {n: f for n, f in named.items() if (kind := _kind(n)) and kind not in taken}
+        splits |= named
+        taken |= {_kind(name) for name in named}
     if not splits:
         raise DataError(
             f"no COCO annotations in {root}: expected train/_annotations.coco.json (Roboflow), "
             f"annotations/instances_train*.json (classic COCO), or one .json beside the pictures"
+            f"{formats.hint(root)}"
         )
     return splits
 
 
 def has_split(path: str | Path, split: str) -> bool:
     """Whether `split` can be read from `path` as a split of its own."""
-    return _match(find_splits(path), split) is not None
+    return match_split(find_splits(path), split) is not None
 
 
-def read_dataset(path: str | Path, split: str = "train", *, check: bool = True) -> Dataset:
+def read_dataset(
+    path: str | Path,
+    split: str = "train",
+    *,
+    check: bool = True,
+    allow_outside: bool = False,
+    reading: Reading = DEFAULT,
+) -> Dataset:
     """One split of a data set, every picture found and (check) its header read.
 
-    A path without splits gives what it has, whatever `split` says. Raises DataError.
+    A path without splits is read whole for `train`, `valid` and `all`, or for a split that its name
+    holds. allow_outside: pictures may lie outside the folder. Raises DataError.
     """
     splits = find_splits(path)
-    name = ONLY if list(splits) == [ONLY] else _match(splits, split)
+    root = Path(path).expanduser()
+    name = match_split(splits, split)
+    if list(splits) == [ONLY]:
+        own = {*_words(root.name), *_words(root.stem), *_words(splits[ONLY].stem)}
+        asked = set(_ALIASES.get(split, (split,)))
+        name = ONLY if split in DEFAULT_SPLITS or asked & own else None
     if name is None:
+        found = "no splits" if list(splits) == [ONLY] else ", ".join(splits)
         raise DataError(
-            f"{path} has no split {split!r}, it has {', '.join(splits)}: set data.train_split or "
+            f"{path} has no split {split!r}, it has {found}: set data.train_split or "
             f"data.valid_split"
         )
     file = splits[name]
-    root = file.parent if Path(path).is_file() else Path(path).expanduser()
-    folders = _picture_folders(root, file, name)
-    dataset = parse_coco(load_json(file), f"{path}:{name}", str(file), _finder(folders))
-    if check:
-        check_pictures((i.file, i.width, i.height) for i in dataset.images)
-    return _count_unlisted(dataset, file.parent)
+    if not root.is_dir():
+        root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    locate = Finder(_picture_folders(root, file, name), root, allow_outside=allow_outside)
+
+    def complete(records: list[ImageRecord], ledger: Ledger) -> list[ImageRecord]:
+        return _with_headers(records, ledger, reading)
+
+    source = f"{path}:{name}"
+    raw, completed = load_json(file), complete if check else None
+    dataset = parse_coco(raw, source, str(file), locate, completed, consume=True)
+    _note_unlisted(dataset, file.parent)
+    return dataset
+
+
+def _with_headers(
+    records: list[ImageRecord], ledger: Ledger, reading: Reading
+) -> list[ImageRecord]:
+    headers = check_pictures(((r.file, r.width, r.height, r.frame) for r in records), reading)
+    for record, header in zip(records, headers):
+        if header.deep == "grey" and reading.window is None:
+            ledger.add(
+                "picture has more than eight bits: scaled by what it holds; data.window=[low, high] "
+                "sets one scale for all",
+                record.file.name,
+            )
+        if header.deep == "colour":
+            ledger.add("picture has sixteen bits a colour: the upper eight are read", record.file.name)  # fmt: skip
+    paged = {r.file for r in records if r.frame}
+    for record, header in zip(records, headers):
+        if header.frames > 1 and record.file not in paged:
+            ledger.add(
+                "picture has several frames: the first is read; `frame` of its entry chooses another",
+                record.file.name,
+                found=header.frames,
+            )
+    return [
+        replace(record, orientation=header.orientation, stored=header.size, reading=reading)
+        for record, header in zip(records, headers)
+    ]
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not is_hidden(p))
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """JSON files that may be annotations: labelme's, one a picture, are not."""
+    files = [p for p in _entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
+    return [p for p in files if not formats.is_labelme(p)]
 
 
 def _annotation_file(folder: Path) -> Path | None:
-    """The one annotation file of a folder, if it has exactly one."""
+    """The annotation file of a folder that may be a split. Raises DataError for several."""
     roboflow = folder / "_annotations.coco.json"
     if roboflow.is_file():
         return roboflow
-    files = sorted(folder.glob("*.json"))
-    return files[0] if len(files) == 1 else None
+    files = _json_files(folder)
+    means_split = bool(_kind(folder.name))
+    if len(files) == 1 and means_split:
+        return files[0]  # if it is not COCO, that is said when it is read
+    coco = [file for file in files if looks_like_coco(file)]
+    if len(coco) > 1 and means_split:
+        raise DataError(
+            f"{folder} holds {_listed(coco)}: which? Keep one of them there, or set data.train or "
+            f"data.valid to the path of the JSON itself"
+        )
+    return coco[0] if len(coco) == 1 else None
 
 
 def _named_files(folder: Path) -> dict[str, Path]:
     """Split -> JSON, from names such as instances_train2017.json, train.json, data_val.json."""
-    files = [f for f in sorted(folder.glob("*.json")) if not f.stem.startswith(_OTHER_TASKS)]
+    files = [f for f in _json_files(folder) if not f.stem.startswith(_OTHER_TASKS)]
+    if len(files) > 1:  # a file that names a split counts though it cannot be read: that is said
+        files = [f for f in files if looks_like_coco(f) or _kind(f.stem)] or files
     instances = [f for f in files if f.stem.startswith("instances_")]
     files = instances or files
-    if len(files) == 1 and not _SPLIT_WORDS & set(_words(files[0].stem)):
+    if len(files) == 1 and not _kind(files[0].stem):
         return {ONLY: files[0]}
     return {f.stem.removeprefix("instances_"): f for f in files}
 
 
-def _match(splits: dict[str, Path], split: str) -> str | None:
+def _listed(files: Iterable[Path]) -> str:
+    return " and ".join(file.name for file in files)
+
+
+def match_split(splits: dict[str, Path], split: str) -> str | None:
     """The split's name among those found: itself, an alias, or one that holds it as a word."""
     wanted = _ALIASES.get(split, (split,))
     for name in wanted:
@@ -110,6 +206,15 @@ def _match(splits: dict[str, Path], split: str) -> str | None:
                 f"split {split!r} could be {' or '.join(close)}: set data.train_split or "
                 f"data.valid_split to one of them"
             )
+    return None
+
+
+def _kind(name: str) -> str | None:
+    """train, valid or test, where a name holds such a word."""
+    words = _SPLIT_WORDS & set(_words(name))
+    for kind in ("train", "valid", "test"):
+        if words & set(_ALIASES.get(kind, (kind,))):
+            return kind
     return None
 
 
@@ -134,31 +239,12 @@ def _picture_folders(root: Path, file: Path, split: str) -> list[Path]:
     return [f for f in dict.fromkeys(folders) if f.is_dir()]
 
 
-def _finder(folders: list[Path]) -> Callable[[str], Path | None]:
-    """file_name -> its file. Directories are listed once: a stat per picture is slow on a network."""
-    listings: dict[Path, frozenset[str]] = {}
-
-    def listed(folder: Path) -> frozenset[str]:
-        if folder not in listings:
-            listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-        return listings[folder]
-
-    def locate(file_name: str) -> Path | None:
-        path = PurePosixPath(file_name.replace("\\", "/"))
-        for relative in dict.fromkeys((path, PurePosixPath(path.name))):  # other people's folders
-            for folder in folders:
-                if relative.name in listed(folder / relative.parent):
-                    return folder / relative
-        return None
-
-    return locate
-
-
-def _count_unlisted(dataset: Dataset, folder: Path) -> Dataset:
-    """Note pictures that lie beside the annotation file and are not in it."""
+def _note_unlisted(dataset: Dataset, folder: Path) -> None:
+    """Count pictures that lie beside the annotation file and are not in it."""
     listed = {image.file.name for image in dataset.images if image.file.parent == folder}
-    extra = sum(Path(f).suffix.lower() in PICTURES for f in set(os.listdir(folder)) - listed)
-    if not listed or not extra:
-        return dataset
-    problems = {**dataset.problems, "picture in the folder but not in the JSON (not used)": extra}
-    return replace(dataset, problems=problems)
+    if not listed or not isinstance(dataset.problems, Ledger):
+        return
+    for name in sorted(set(os.listdir(folder)) - listed):
+        path = Path(name)
+        if path.suffix.lower() in PICTURES and not is_hidden(path):
+            dataset.problems.add("picture in the folder but not in the JSON (not used)", name)

@@ -7,27 +7,22 @@ same global batch, and the state of an iterator is one number.
 
 from __future__ import annotations
 
-import atexit
-import pickle
-import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
-import grain
 import numpy as np
-from absl import flags
 
 from sam3jax.config import Config, ConfigError
 from sam3jax.data import prompts as asking
 from sam3jax.data import transforms
-from sam3jax.data.coco import Annotation, Dataset, ImageRecord, decode_mask
-from sam3jax.data.pictures import DataError, read_picture
-from sam3jax.data.prompts import NO_CATEGORY, Question, Shapes
-from sam3jax.types import Batch, Prompts, Targets
-
-Arrays = dict[str, np.ndarray]
-_ENDLESS = 2**40
+from sam3jax.data.augmentation import draw_change
+from sam3jax.data.examples import Arrays, example, stack, to_batch
+from sam3jax.data.ledger import DataError
+from sam3jax.data.prompts import Question, Shapes
+from sam3jax.data.records import Dataset
+from sam3jax.data.sampling import Order, fingerprint
+from sam3jax.data.streams import ENDLESS, local_size, run_ahead
+from sam3jax.types import Batch
 
 
 @dataclass(frozen=True)
@@ -72,9 +67,9 @@ class TrainLoader:
     def set_state(self, state: dict[str, int]) -> None:
         """Continue exactly there. Raises DataError where the data are not those of the state."""
         for key, value in self._identity.items():
-            if state.get(key) != value:
+            if key in state and state[key] != value:
                 raise DataError(
-                    f"cannot resume: the checkpoint was made with {key} {state.get(key)}, now it is "
+                    f"cannot resume: the checkpoint was made with {key} {state[key]}, now it is "
                     f"{value}; restore the data or setting, or start a new run (output=...)"
                 )
         self.close()
@@ -114,26 +109,15 @@ def make_train_loader(
             f"config key data.min_size: {config.data.min_size} is larger than model.image_size "
             f"{config.model.image_size}; random edges lie between the two"
         )
-    shapes = shapes or asking.training_shapes(dataset, config.data)
-    local = _local_size(config.batch_size, process_count, "batch_size")
-    order = grain.MapDataset.range(len(dataset.images)).seed(config.seed).shuffle().repeat()
-    batch_of = partial(
-        _train_batch,
-        dataset=dataset,
-        names=asking.phrases_of(dataset),
-        order=order,
-        text_ids={phrase: k for k, phrase in enumerate(phrases)},
-        config=config,
-        shapes=shapes,
-        stride=config.batch_size,
-        offset=process_index * local,
-        local=local,
+    rows = _Rows(config.batch_size, process_index, process_count, "batch_size")
+    batch_of = _TrainBatch(
+        dataset, phrases, config, shapes or asking.training_shapes(dataset, config.data), rows
     )
-    identity = {"pictures": len(dataset.images), "seed": config.seed}
+    identity = {**fingerprint(dataset), "seed": config.seed}
 
     def stream(start: int) -> Iterator[Batch]:
-        for arrays in _run(batch_of, start, _ENDLESS, config.data.workers):
-            yield _batch(arrays, tokens)
+        for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
+            yield to_batch(arrays, tokens)
 
     return TrainLoader(stream, config.batch_size, identity)
 
@@ -153,254 +137,128 @@ def make_eval_loader(
     """Every category asked of every picture, in order, nothing random; the last batch filled up.
 
     batch_size: rows over all processes, default config.evaluation.batch_size. targets: False leaves
-    them empty (num_targets 0), for evaluation that reads the truth from `dataset` itself.
+    them empty (num_targets 0, M 0), for evaluation that reads the truth from `dataset` itself.
     """
     shapes = shapes or asking.evaluation_shapes(dataset, config.data)
-    names = asking.phrases_of(dataset)
     batch_size = batch_size or config.evaluation.batch_size
-    local = _local_size(batch_size, process_count, "evaluation.batch_size")
-    rows = tuple(
-        (row, questions)
-        for row, record in enumerate(dataset.images)
-        for questions in asking.evaluation_questions(
-            record, names, prompts=shapes.prompts, targets=shapes.targets
-        )
-    )
-    length = -(-len(rows) // batch_size)
-    batch_of = partial(
-        _eval_batch,
-        dataset=dataset,
-        rows=rows,
-        text_ids={phrase: k for k, phrase in enumerate(phrases)},
-        size=config.model.image_size,
-        masks=config.loss.reads_masks and targets,
-        targets=targets,
-        shapes=shapes,
-        stride=batch_size,
-        offset=process_index * local,
-        local=local,
-    )
+    rows = _Rows(batch_size, process_index, process_count, "evaluation.batch_size")
+    batch_of = _EvalBatch(dataset, phrases, config, shapes, rows, targets)
 
     def stream() -> Iterator[EvalBatch]:
-        for arrays in _run(batch_of, 0, length, config.data.workers):
-            yield EvalBatch(_batch(arrays, tokens), arrays["category_ids"])
+        for arrays in run_ahead(batch_of, 0, batch_of.length, config.data.workers):
+            yield EvalBatch(to_batch(arrays, tokens), arrays["category_ids"])
 
-    return EvalLoader(stream, length)
-
-
-def example(
-    record: ImageRecord,
-    questions: tuple[Question, ...],
-    transform: transforms.Transform,
-    text_ids: dict[str, int],
-    shapes: Shapes,
-    *,
-    masks: bool = True,
-) -> Arrays:
-    """One row of a batch, every array of Batch, Prompts and Targets without its first axis.
-
-    Instances that the transform leaves outside the picture are no targets.
-    """
-    P, T, M, G = shapes.prompts, shapes.targets, shapes.instances, shapes.exemplars
-    size_x, size_y = transform.canvas
-    out: Arrays = {
-        "images": transforms.move_picture(
-            transform, read_picture(record.file, record.width, record.height)
-        ),
-        "text_id": np.zeros(P, np.int32),
-        "valid": np.zeros(P, bool),
-        "box_prompts": np.zeros((P, G, 4), np.float32),
-        "box_labels": np.zeros((P, G), np.int32),
-        "box_valid": np.zeros((P, G), bool),
-        "boxes": np.zeros((M, 4), np.float32),
-        "masks": np.zeros((M, size_y, -(-size_x // 8)), np.uint8),
-        "mask_valid": np.zeros(M, bool),
-        "index": np.full((P, T), M, np.int32),
-        "num_targets": np.zeros(P, np.int32),
-        "is_exhaustive": np.ones(P, bool),
-        "category_ids": np.full(P, NO_CATEGORY, np.int64),
-    }
-    slots: dict[int, int] = {}  # annotation index -> row of `boxes` and `masks`
-    for k in dict.fromkeys(k for question in questions for k in question.targets):
-        moved = _move_instance(record.annotations[k], record, transform, masks)
-        if moved is not None:
-            slots[k] = m = len(slots)
-            out["boxes"][m], mask = moved
-            if mask is not None:
-                out["masks"][m], out["mask_valid"][m] = transforms.pack_mask(mask), True
-    for p, question in enumerate(questions):
-        targets = [slots[k] for k in question.targets if k in slots]
-        shown = [slots[k] for k in question.exemplars if k in slots][:G]
-        if question.phrase == asking.VISUAL and not shown:
-            continue  # a question without a phrase and without a box asks nothing
-        out["text_id"][p] = text_ids[question.phrase]
-        out["valid"][p] = True
-        out["category_ids"][p] = question.category_id
-        out["index"][p, : len(targets)] = targets
-        out["num_targets"][p] = len(targets)
-        out["is_exhaustive"][p] = question.exhaustive
-        out["box_prompts"][p, : len(shown)] = out["boxes"][shown]
-        out["box_labels"][p, : len(shown)] = 1
-        out["box_valid"][p, : len(shown)] = True
-    return out
+    return EvalLoader(stream, batch_of.length)
 
 
-def _move_instance(
-    annotation: Annotation, record: ImageRecord, transform: transforms.Transform, masks: bool
-) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """Box and mask (None: no usable one) on the canvas, or None where nothing is left of it."""
-    box = transforms.move_boxes(transform, np.array(annotation.bbox))
-    if box[2] <= 0 or box[3] <= 0:
-        return None
-    cut = transform.crop != (0, 0, record.width, record.height)
-    if annotation.segmentation is None or not (masks or cut):
-        return box, None
-    mask = decode_mask(annotation, record.height, record.width)
-    if cut:
-        left, top, width, height = transform.crop
-        rows = slice(int(top), int(np.ceil(top + height)))
-        columns = slice(int(left), int(np.ceil(left + width)))
-        if mask.any() and not mask[rows, columns].any():
-            return None  # the box reaches into the crop, the instance does not
-    moved = transforms.move_mask(transform, mask)
-    if not moved.any():
-        return box, None  # thinner than a pixel
-    return (transforms.box_of_mask(moved) if cut else box), (moved if masks else None)
+class _Rows:
+    """Which positions of the global order are this process's rows of a batch."""
+
+    def __init__(self, batch_size: int, process: int, processes: int, key: str) -> None:
+        self.batch_size, self._local = batch_size, local_size(batch_size, processes, key)
+        self._offset = process * self._local
+
+    def __call__(self, number: int) -> range:
+        start = number * self.batch_size + self._offset
+        return range(start, start + self._local)
 
 
-def _train_batch(
-    number: int,
-    *,
-    dataset: Dataset,
-    names: dict[int, str],
-    order: grain.MapDataset,
-    text_ids: dict[str, int],
-    config: Config,
-    shapes: Shapes,
-    stride: int,
-    offset: int,
-    local: int,
-) -> Arrays:
-    rows = []
-    for position in range(number * stride + offset, number * stride + offset + local):
-        epoch, row = position // len(dataset.images), int(order[position])
-        record = dataset.images[row]
+class _TrainBatch:
+    """number -> arrays of that training batch. Its repr is short: grain names transforms by it."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        phrases: tuple[str, ...],
+        config: Config,
+        shapes: Shapes,
+        rows: _Rows,
+    ) -> None:
+        self._dataset, self._config, self._shapes, self._rows = dataset, config, shapes, rows
+        self._names = asking.trained_phrases(dataset)
+        self._text_ids = {phrase: k for k, phrase in enumerate(phrases)}
+        self._order = Order(dataset, config.seed, config.data.repeat_threshold)
+
+    def __repr__(self) -> str:
+        return "TrainBatch"
+
+    def __call__(self, number: int) -> Arrays:
+        return stack([self._row(position) for position in self._rows(number)])
+
+    def _row(self, position: int) -> Arrays:
+        config = self._config
+        turn, row = self._order(position)
+        record = self._dataset.images[row]
+        place = dict(seed=config.seed, epoch=turn, row=row)
         questions = asking.training_questions(
-            record,
-            names,
-            config.data,
-            targets=shapes.targets,
-            seed=config.seed,
-            epoch=epoch,
-            row=row,
+            record, self._names, config.data, targets=self._shapes.targets, **place
         )
-        rng = np.random.default_rng((config.seed, epoch, row, 1))
+        rng = np.random.default_rng((config.seed, turn, row, 1))
         size = config.model.image_size
         transform = transforms.draw_transform(rng, record.width, record.height, size, config.data)
         arrays = example(
-            record, questions, transform, text_ids, shapes, masks=config.loss.reads_masks
+            record,
+            questions,
+            transform,
+            self._text_ids,
+            self._shapes,
+            masks=config.loss.reads_masks,
+            change=draw_change(np.random.default_rng((config.seed, turn, row, 2)), config.data),
         )
-        rows.append({**arrays, "image_id": np.int32(row), "image_valid": np.True_})
-    return _stack(rows)
+        return {**arrays, "image_id": np.int32(row), "image_valid": np.True_}
 
 
-def _eval_batch(
-    number: int,
-    *,
-    dataset: Dataset,
-    rows: tuple[tuple[int, tuple[Question, ...]], ...],
-    text_ids: dict[str, int],
-    size: int,
-    masks: bool,
-    targets: bool,
-    shapes: Shapes,
-    stride: int,
-    offset: int,
-    local: int,
-) -> Arrays:
-    out = []
-    for position in range(number * stride + offset, number * stride + offset + local):
-        row, questions = rows[min(position, len(rows) - 1)]
-        real = position < len(rows)
-        if not real:
-            questions = ()
-        elif not targets:
+class _EvalBatch:
+    """number -> arrays of that evaluation batch. Questions are made when they are asked: all pairs of
+    20,000 pictures and 2,000 categories would fill the memory."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        phrases: tuple[str, ...],
+        config: Config,
+        shapes: Shapes,
+        rows: _Rows,
+        targets: bool,
+    ) -> None:
+        self._dataset, self._rows, self._targets = dataset, rows, targets
+        self._shapes = shapes if targets else Shapes(shapes.prompts, 1, 0, 0)
+        self._names = asking.phrases_of(dataset)
+        self._text_ids = {phrase: k for k, phrase in enumerate(phrases)}
+        self._size = config.model.image_size
+        self._masks = config.loss.reads_masks and targets
+        parts = [
+            asking.evaluation_parts(record, self._names, shapes.prompts)
+            for record in dataset.images
+        ]
+        self._ends = np.cumsum(parts, dtype=np.int64)
+        self._total = int(self._ends[-1]) if parts else 0
+        self.length = -(-self._total // rows.batch_size)
+
+    def __repr__(self) -> str:
+        return "EvalBatch"
+
+    def __call__(self, number: int) -> Arrays:
+        return stack([self._row(position) for position in self._rows(number)])
+
+    def _row(self, position: int) -> Arrays:
+        real = position < self._total
+        position = min(position, self._total - 1)
+        row = int(np.searchsorted(self._ends, position, side="right"))
+        record = self._dataset.images[row]
+        questions: tuple[Question, ...] = ()
+        if real:
+            questions = asking.evaluation_part(
+                record,
+                self._names,
+                prompts=self._shapes.prompts,
+                targets=self._shapes.targets,
+                part=position - (int(self._ends[row - 1]) if row else 0),
+            )
+        if not self._targets:
             questions = tuple(Question(q.phrase, q.category_id) for q in questions)
-        record = dataset.images[row]
-        transform = transforms.square(record.width, record.height, size)
-        arrays = example(record, questions, transform, text_ids, shapes, masks=masks)
-        out.append({**arrays, "image_id": np.int32(row), "image_valid": np.bool_(real)})
-    return _stack(out)
-
-
-def _stack(rows: list[Arrays]) -> Arrays:
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def _batch(arrays: Arrays, tokens: np.ndarray) -> Batch:
-    return Batch(
-        images=arrays["images"],
-        tokens=np.asarray(tokens, np.int32),
-        prompts=Prompts(
-            text_id=arrays["text_id"],
-            valid=arrays["valid"],
-            boxes=arrays["box_prompts"],
-            box_labels=arrays["box_labels"],
-            box_valid=arrays["box_valid"],
-        ),
-        targets=Targets(
-            boxes=arrays["boxes"],
-            masks=arrays["masks"],
-            mask_valid=arrays["mask_valid"],
-            index=arrays["index"],
-            num_targets=arrays["num_targets"],
-            is_exhaustive=arrays["is_exhaustive"],
-        ),
-        image_valid=arrays["image_valid"],
-        image_id=arrays["image_id"],
-    )
-
-
-def _run(
-    batch_of: Callable[[int], Arrays], start: int, stop: int, workers: int
-) -> Iterator[Arrays]:
-    """batch_of(start), batch_of(start + 1), ... computed ahead by threads or worker processes."""
-    batches = grain.MapDataset.range(start, stop).map(batch_of)
-    # Batches hold masks and are large: grain's own default would keep 500 of them.
-    ahead = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=2)
-    if not workers:
-        return iter(batches.to_iter_dataset(ahead))
-    if not flags.FLAGS.is_parsed():  # grain asks absl, which only absl's own main() sets up
-        flags.FLAGS.mark_as_parsed()
-    # As bytes: grain moves arrays through /dev/shm, which is 64 MB in a container.
-    packed = batches.map(pickle.dumps).to_iter_dataset(ahead)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    stream = _unpacked(packed.mp_prefetch(options))
-    _open_streams.add(stream)
-    return stream
-
-
-def _unpacked(packed: grain.IterDataset) -> Generator[Arrays]:
-    iterator = iter(packed)
-    try:
-        yield from map(pickle.loads, iterator)
-    finally:
-        iterator.close()
-
-
-_open_streams: weakref.WeakSet[Generator] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_streams() -> None:
-    """End worker processes while there is still an interpreter: later they end with tracebacks."""
-    for stream in list(_open_streams):
-        stream.close()
-
-
-def _local_size(size: int, processes: int, key: str) -> int:
-    if size % processes:
-        raise DataError(
-            f"{key} {size} does not divide among {processes} processes: use a multiple of {processes}"
+        transform = transforms.square(record.width, record.height, self._size)
+        arrays = example(
+            record, questions, transform, self._text_ids, self._shapes, masks=self._masks
         )
-    return size // processes
+        return {**arrays, "image_id": np.int32(row), "image_valid": np.bool_(real)}

@@ -2,49 +2,112 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-# The limit guards servers against strangers' files; a 100-megapixel photograph is a fair picture.
-Image.MAX_IMAGE_PIXELS = None
+from sam3jax.data import volumes
+from sam3jax.data.depth import Window, to_bytes
+from sam3jax.data.ledger import DataError
 
-_BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, IndexError)
+__all__ = ["DataError", "Header", "Reading", "open_rgb", "read_header", "read_picture"]
+
+# Beyond Pillow's own guard, 178 megapixels, it refuses by itself; it stays on for the whole process.
+MOST_MEGAPIXELS = 178
+_BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, IndexError,
+           KeyError, TypeError, OverflowError, MemoryError, Image.DecompressionBombError)  # fmt: skip
 _ORIENTATION = 0x0112  # EXIF
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # to the upright picture
+_TAIL = 65536  # bytes behind a PNG's pixels in which EXIF is looked for
+_HEIC = (".heic", ".heif", ".hif")
+_CHUNK = 64  # pictures a thread checks at a time
+_BLACK = 16  # largest value of a picture that is all but black
 
 
-class DataError(ValueError):
-    """The data cannot be used; the message names the thing and the remedy."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How files become pixels: `window` of pictures of more than eight bits (None: each one's own),
+    the most megapixels that are decoded, and `slices`, 3 for neighbours of a stack as channels."""
+
+    window: Window | None = None
+    megapixels: float = 150
+    slices: int = 1
 
 
-def open_rgb(file: str | Path, size: tuple[int, int] | None = None) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the first bytes of a file tell: stored (width, height), EXIF orientation 1 to 8, frames,
+    and whether it has more than eight bits, in grey ("grey") or colour ("colour")."""
+
+    size: tuple[int, int]
+    orientation: int = 1
+    frames: int = 1
+    deep: str = ""
+
+    @property
+    def displayed(self) -> tuple[int, int]:
+        width, height = self.size
+        return (height, width) if self.orientation in _TURNED else (width, height)
+
+
+DEFAULT = Reading()
+
+
+def open_rgb(
+    file: str | Path,
+    size: tuple[int, int] | None = None,
+    *,
+    frame: int = 0,
+    reading: Reading = DEFAULT,
+) -> Image.Image:
     """The picture as labelling tools and browsers display it, mode RGB.
 
     size: width and height that the annotations speak of. EXIF orientation is applied, also those
     orientations that keep the size; only where `size` says that the annotations were made on the
-    stored, unturned pixels is it left alone. Transparency is dropped, 16-bit grey scaled to 8.
-    Raises DataError for a file that cannot be decoded and for one of another size.
+    stored, unturned pixels is it left alone. Transparency is laid over white, more than eight bits
+    are scaled to eight. frame: of a file with several pages. Raises DataError for a file that cannot
+    be decoded, is too large, or has another size.
     """
     file = Path(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF blocks are no news here
-            with Image.open(file) as image:
-                orientation = image.getexif().get(_ORIENTATION, 1)
-                image.load()
-                upright = image
-                if not _annotated_as_stored(image.size, orientation, size):
-                    upright = ImageOps.exif_transpose(image)
-                rgb = _rgb(upright)
+            if volumes.is_volume(file):
+                rgb = _channels([volumes.read_slice(file, f) for f in _near(file, frame, reading)], reading)  # fmt: skip
+            elif reading.slices > 1:
+                rgb = _stack(file, frame, reading)
+            else:
+                with _open(file, reading.megapixels) as image:
+                    _seek(image, file, frame)
+                    deep = _deep(image)  # first: looking for EXIF may decode the picture
+                    orientation = _orientation(image)
+                    image.load()
+                    rgb = _rgb(image, file, deep, reading.window)
+                    if orientation in _TRANSPOSE and not _annotated_as_stored(
+                        image.size, orientation, size
+                    ):
+                        rgb = rgb.transpose(_TRANSPOSE[orientation])
     except FileNotFoundError as error:
         raise DataError(f"picture {file} does not exist") from error
+    except DataError:
+        raise
     except _BROKEN as error:
         raise _unreadable(file, error) from error
     if size is not None and rgb.size != tuple(size):
@@ -52,65 +115,145 @@ def open_rgb(file: str | Path, size: tuple[int, int] | None = None) -> Image.Ima
     return rgb
 
 
-def read_picture(file: str | Path, width: int, height: int) -> np.ndarray:
+def read_picture(
+    file: str | Path, width: int, height: int, *, frame: int = 0, reading: Reading = DEFAULT
+) -> np.ndarray:
     """The picture that annotations of that size refer to, [Y, X, 3] uint8; errors as `open_rgb`."""
-    return np.asarray(open_rgb(file, (width, height)))
+    return np.asarray(open_rgb(file, (width, height), frame=frame, reading=reading))
 
 
 def displayed_size(file: Path) -> tuple[int, int]:
     """Width and height as displayed, from the file's header."""
-    stored, orientation = read_header(file)
-    return stored[::-1] if orientation in _TURNED else stored
+    return read_header(file).displayed
 
 
-def check_pictures(pictures: Iterable[tuple[Path, int, int]]) -> None:
-    """Raise DataError for the first pictures that cannot be read or have another size than stated.
-
-    Reads headers; a file is decoded only where its last bytes do not look like the end of a picture.
-    """
-    with ThreadPoolExecutor(8) as pool:
-        errors = [e for e in pool.map(_check, pictures) if e is not None]
-    if errors:
-        more = f" (and {len(errors) - 1} more pictures with such problems)" if errors[1:] else ""
-        raise DataError(f"{errors[0]}{more}")
-
-
-def _check(picture: tuple[Path, int, int]) -> DataError | None:
-    file, width, height = picture
+def read_header(file: Path, megapixels: float = MOST_MEGAPIXELS) -> Header:
+    """What the file's first bytes say; errors as `open_rgb`."""
     try:
-        stored, orientation = read_header(file)
-        displayed = stored[::-1] if orientation in _TURNED else stored
-        if (width, height) not in (stored, displayed):
-            return _other_size(file, displayed, (width, height))
-        if not _looks_complete(file):
-            open_rgb(file)
-    except DataError as error:
-        return error
-    return None
-
-
-def read_header(file: Path) -> tuple[tuple[int, int], int]:
-    """Stored (width, height) and EXIF orientation, 1 to 8; errors as `open_rgb`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                return image.size, image.getexif().get(_ORIENTATION, 1)
+        if volumes.is_volume(file):
+            size, frames = volumes.shape(file)
+            return Header(size, frames=frames, deep="grey")
+        with _open(file, megapixels) as image:
+            # An MPO is a photograph with a small copy or a second eye behind it.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            deep = _deep(image)
+            return Header(image.size, _header_orientation(image, file), frames, deep)
     except FileNotFoundError as error:
         raise DataError(f"picture {file} does not exist") from error
+    except DataError:
+        raise
     except _BROKEN as error:
         raise _unreadable(file, error) from error
 
 
+def is_black(image: Image.Image) -> bool:
+    """Whether a picture, mode RGB, is all but black."""
+    return max(high for _, high in image.getextrema()) < _BLACK
+
+
+def check_pictures(
+    pictures: Iterable[tuple[Path, int, int, int]], reading: Reading = DEFAULT
+) -> list[Header]:
+    """Headers of (file, width, height, frame). Raises DataError for the first pictures that cannot be
+    read or have another size than stated.
+
+    A file is decoded only where its last bytes do not look like the end of a picture.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        listed = list(pictures)
+        parts = [listed[start : start + _CHUNK] for start in range(0, len(listed), _CHUNK)]
+        with ThreadPoolExecutor(8) as pool:
+            checked = pool.map(lambda part: [_check(p, reading) for p in part], parts)
+            found = [result for part in checked for result in part]
+    errors = [e for e in found if isinstance(e, DataError)]
+    if errors:
+        more = f" (and {len(errors) - 1} more pictures with such problems)" if errors[1:] else ""
+        raise DataError(f"{errors[0]}{more}")
+    return [h for h in found if isinstance(h, Header)]
+
+
+def read_as_stored(header: Header, width: int, height: int) -> bool:
+    """Whether a turned picture is read unturned, because its annotations state the stored size."""
+    return _annotated_as_stored(header.size, header.orientation, (width, height))
+
+
+def _check(picture: tuple[Path, int, int, int], reading: Reading) -> Header | DataError:
+    file, width, height, frame = picture
+    try:
+        header = read_header(file, reading.megapixels)
+        if (width, height) not in (header.size, header.displayed):
+            return _other_size(file, header.displayed, (width, height))
+        if frame >= header.frames:
+            return _no_frame(file, header.frames, frame)
+        if header.deep == "colour" or not _looks_complete(file):
+            open_rgb(file, frame=frame, reading=reading)
+    except DataError as error:
+        return error
+    return header
+
+
 def _looks_complete(file: Path) -> bool:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(12)
-        stream.seek(max(0, size - 16))
-        tail = stream.read()
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(12)
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - 16))
+            tail = stream.read()
+    except OSError as error:
+        raise _unreadable(file, error) from error
     if head[:4] == b"RIFF":  # WebP states its length
         return int.from_bytes(head[4:8], "little") + 8 <= size
     return tail.endswith(b"\xff\xd9") or tail.endswith(b"IEND\xaeB`\x82")
+
+
+def _open(file: Path, megapixels: float) -> Image.Image:
+    if file.suffix.lower() in _HEIC:
+        _read_heic()
+    image = Image.open(file)
+    width, height = image.size
+    if width * height > megapixels * 1e6:
+        image.close()
+        raise DataError(
+            f"picture {file} has {width * height / 1e6:.0f} megapixels, at most {megapixels:g} are read: "
+            f"make it smaller, or raise data.max_megapixels (up to {MOST_MEGAPIXELS})"
+        )
+    return image
+
+
+@functools.cache
+def _read_heic() -> bool:
+    """Let Pillow read the pictures of iPhones, where pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _seek(image: Image.Image, file: Path, frame: int) -> None:
+    if not frame:
+        return
+    frames = getattr(image, "n_frames", 1)
+    if frame >= frames:
+        raise _no_frame(file, frames, frame)
+    image.seek(frame)
+
+
+def _orientation(image: Image.Image) -> int:
+    found = image.getexif().get(_ORIENTATION, 1)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _header_orientation(image: Image.Image, file: Path) -> int:
+    """`_orientation` from the first bytes; Pillow decodes a whole PNG to look for EXIF behind it."""
+    if image.format == "PNG" and "exif" not in image.info:
+        with file.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - _TAIL))
+            if b"eXIf" not in stream.read():
+                return 1
+    return _orientation(image)
 
 
 def _annotated_as_stored(
@@ -122,14 +265,71 @@ def _annotated_as_stored(
     return tuple(size) == stored and tuple(size) != stored[::-1]
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+def _deep(image: Image.Image) -> str:
+    if image.mode.startswith(("I", "F")):
+        return "grey"
+    # Pillow keeps the upper byte of sixteen-bit colours.
+    return "colour" if any(";16" in str(tile[3]) for tile in image.tile) else ""
+
+
+def _rgb(image: Image.Image, file: Path, deep: str, window: Window | None) -> Image.Image:
+    if deep == "grey":
+        return Image.fromarray(to_bytes(np.asarray(image), window)).convert("RGB")
+    if image.has_transparency_data:
+        clear = image.convert("RGBA")
+        rgb = Image.new("RGB", image.size, (255, 255, 255))
+        rgb.paste(clear, mask=clear.getchannel("A"))
+    else:
+        rgb = image.convert("RGB")
+    if deep and is_black(rgb) and rgb.getbbox() is not None:
+        raise DataError(
+            f"picture {file} has colours of sixteen bits of which only the lower ones are used, so that "
+            f"it is all but black when read: save it with eight bits"
+        )
+    return rgb
+
+
+def _near(file: Path, frame: int, reading: Reading) -> list[int]:
+    """Frames that become channels: the one asked for, or it and its neighbours."""
+    if reading.slices == 1:
+        return [frame]
+    last = read_header(file).frames - 1
+    return [min(max(frame + step, 0), last) for step in (-1, 0, 1)]
+
+
+def _stack(file: Path, frame: int, reading: Reading) -> Image.Image:
+    """A page and its neighbours, or a file and its neighbours in the folder, as three channels."""
+    if read_header(file, reading.megapixels).frames > 1:
+        pages = [(file, f) for f in _near(file, frame, reading)]
+    else:
+        pages = [(f, 0) for f in volumes.neighbours(file)]
+    planes = []
+    for name, page in pages:
+        with _open(name, reading.megapixels) as image:
+            _seek(image, name, page)
+            deep = _deep(image) == "grey"
+            planes.append(np.asarray(image if deep else image.convert("L")))
+    return _channels(planes, reading)
+
+
+def _channels(planes: Sequence[np.ndarray], reading: Reading) -> Image.Image:
+    """One or three planes of one size, scaled together -> RGB."""
+    if len({plane.shape for plane in planes}) > 1:
+        raise ValueError("neighbouring slices have other sizes")
+    values = to_bytes(np.stack(planes, -1), reading.window)
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3))))
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:
+    if isinstance(error, Image.DecompressionBombError):
+        return DataError(
+            f"picture {file} has more than {MOST_MEGAPIXELS} megapixels, which Pillow refuses to decode: "
+            f"make it smaller, or cut it into tiles"
+        )
+    if file.suffix.lower() in _HEIC and not _read_heic():
+        return DataError(
+            f"picture {file} is HEIC, which needs a reader: pip install pillow-heif, or save it as JPEG"
+        )
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
         f"picture {file} cannot be read ({reason}): replace the file, or take it out of the JSON"
@@ -137,7 +337,15 @@ def _unreadable(file: Path, error: Exception) -> DataError:
 
 
 def _other_size(file: Path, found: tuple[int, int], stated: tuple[int, int]) -> DataError:
+    turned = ", width and height exchanged" if tuple(found) == tuple(stated)[::-1] else ""
     return DataError(
         f"picture {file} is {found[0]} x {found[1]} pixels, its annotations are for "
-        f"{stated[0]} x {stated[1]}: export pictures and annotations together"
+        f"{stated[0]} x {stated[1]}{turned}: export pictures and annotations together"
+    )
+
+
+def _no_frame(file: Path, frames: int, frame: int) -> DataError:
+    return DataError(
+        f"picture {file} has {frames} frames, counted from 0; frame {frame} is asked for: correct "
+        f"`frame` in the JSON"
     )

@@ -8,15 +8,17 @@ negative. All choices follow from (seed, epoch, row): no state, the same in any 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sam3jax.config import DataConfig
-from sam3jax.data.coco import Dataset, ImageRecord, used_categories
-from sam3jax.data.pictures import DataError
+from sam3jax.data.ledger import DataError
+from sam3jax.data.names import phrase_key
+from sam3jax.data.records import Dataset, ImageRecord, trained_categories, used_categories
 from sam3jax.data.tokenizer import Tokenizer
 
 VISUAL = "visual"  # the published phrase of a prompt that is boxes alone
@@ -54,8 +56,8 @@ class Shapes:
 def vocabulary(config: DataConfig, *datasets: Dataset) -> tuple[str, ...]:
     """Every phrase that the data sets can ask, without repeats; `text_id` counts in it."""
     names = [d.categories[i] for d in datasets for i in used_categories(d)]
-    known = {n for d in datasets for n in d.categories.values()}
-    if clash := sorted(known & set(config.negative_phrases)):
+    known = {phrase_key(n) for d in datasets for n in d.categories.values()}
+    if clash := sorted(n for n in config.negative_phrases if phrase_key(n) in known):
         raise DataError(
             f"data.negative_phrases names categories of the data: {', '.join(clash)}; absent "
             f"categories are negatives already, take them out of the list"
@@ -103,7 +105,7 @@ def training_questions(
 
 def balance(dataset: Dataset, config: DataConfig, seed: int) -> str:
     """A line about what pictures are asked: how many phrases that are there, how many that are not."""
-    names, records = phrases_of(dataset), dataset.images[:_LOOKED_AT]
+    names, records = trained_phrases(dataset), dataset.images[:_LOOKED_AT]
     targets = max((len(record.annotations) for record in records), default=0)
     there = absent = 0
     for row, record in enumerate(records):
@@ -130,32 +132,49 @@ def evaluation_questions(
     A category that is there only as crowd is asked too (COCO's AP ignores what lies on the crowd),
     as not exhaustive: silence about it proves nothing. Federated pictures ask what is known of them.
     """
+    parts = range(evaluation_parts(record, names, prompts))
+    return tuple(
+        evaluation_part(record, names, prompts=prompts, targets=targets, part=part)
+        for part in parts
+    )
+
+
+def evaluation_parts(record: ImageRecord, names: dict[int, str], prompts: int) -> int:
+    """Into how many rows the questions of one picture are divided."""
+    return -(-len(_asked(record, names)) // prompts)
+
+
+def evaluation_part(
+    record: ImageRecord, names: dict[int, str], *, prompts: int, targets: int, part: int
+) -> tuple[Question, ...]:
+    """One row of `evaluation_questions`, without the others."""
     present = _instances_by_category(record)
-    asked = list(names)
-    if record.negative_ids is not None:
-        known = {a.category_id for a in record.annotations} | record.negative_ids
-        asked = [i for i in asked if i in known]
-    questions = [
+    return tuple(
         Question(
             phrase=names[i],
             category_id=i,
             targets=tuple(present.get(i, ())[:targets]),
             exhaustive=_exhaustive(record, i) and len(present.get(i, ())) <= targets,
         )
-        for i in asked
-    ]
-    starts = range(0, len(questions), prompts)
-    return tuple(tuple(questions[s : s + prompts]) for s in starts)
+        for i in list(_asked(record, names))[part * prompts : (part + 1) * prompts]
+    )
+
+
+def _asked(record: ImageRecord, names: dict[int, str]) -> Collection[int]:
+    if record.negative_ids is None:
+        return names
+    known = {a.category_id for a in record.annotations} | record.negative_ids
+    return [i for i in names if i in known]
 
 
 def training_shapes(dataset: Dataset, config: DataConfig) -> Shapes:
     """The smallest static sizes that hold every training picture of the data set."""
-    names = used_categories(dataset)
+    names = frozenset(trained_categories(dataset))
     most = config.max_targets
     prompts = targets = instances = 1
     for record in dataset.images:
         counts = _counts(record, most)
-        absent = len(_absent(record, names)) + len(config.negative_phrases)
+        absent = _number_absent(record, names) + len(config.negative_phrases)
         negatives = min(max(config.negatives, not counts), absent)
         positives = min(len(counts), _positives(config))
         prompts = max(prompts, min(config.max_prompts, positives + negatives))
@@ -184,6 +203,11 @@ def phrases_of(dataset: Dataset) -> dict[int, str]:
     return {i: dataset.categories[i] for i in used_categories(dataset)}
 
 
+def trained_phrases(dataset: Dataset) -> dict[int, str]:
+    """The same without categories of which there are crowds only: what training asks."""
+    return {i: dataset.categories[i] for i in trained_categories(dataset)}
+
+
 def _instances_by_category(record: ImageRecord) -> dict[int, list[int]]:
     """Category -> indices of its annotations, crowds left out."""
     found: dict[int, list[int]] = {}
@@ -191,6 +215,11 @@ def _instances_by_category(record: ImageRecord) -> dict[int, list[int]]:
         if not annotation.iscrowd:
             found.setdefault(annotation.category_id, []).append(index)
     return found
+
+
+@functools.lru_cache(maxsize=65536)
+def _words(phrase: str) -> frozenset[str]:
+    return frozenset(phrase.lower().split())
 
 
 def _counts(record: ImageRecord, most: int | None) -> list[int]:
@@ -204,6 +233,14 @@ def _absent(record: ImageRecord, categories: Sequence[int]) -> list[int]:
     there = {a.category_id for a in record.annotations} | record.not_exhaustive_ids
     known = record.negative_ids
     return [i for i in categories if i not in there and (known is None or i in known)]
+
+
+def _number_absent(record: ImageRecord, categories: frozenset[int]) -> int:
+    """`len(_absent(...))` without looking at every category."""
+    there = {a.category_id for a in record.annotations} | record.not_exhaustive_ids
+    if record.negative_ids is not None:
+        return len((record.negative_ids & categories) - there)
+    return len(categories) - len(categories & there)
 
 
 def _exhaustive(record: ImageRecord, category_id: int) -> bool:
@@ -246,8 +283,9 @@ def _negatives(
         return []
     candidates = [(names[i], i) for i in _absent(record, list(names))]
     candidates += [(phrase, NO_CATEGORY) for phrase in config.negative_phrases]
-    words = {w for a in record.annotations for w in names[a.category_id].lower().split()}
+    there = (names.get(a.category_id, "") for a in record.annotations)
+    words = {w for name in there for w in _words(name)}
     draws = rng.random(len(candidates)) * [
-        _LOOK_ALIKE if words & set(phrase.lower().split()) else 1.0 for phrase, _ in candidates
+        1.0 if words.isdisjoint(_words(phrase)) else _LOOK_ALIKE for phrase, _ in candidates
     ]
     return [Question(*candidates[k]) for k in np.argsort(draws)[:room]]

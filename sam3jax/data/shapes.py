@@ -15,10 +15,12 @@ once into the cache ($SAM3JAX_CACHE, else ~/.cache/sam3jax), beside its place an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -165,6 +167,21 @@ def write_shapes(
     """
     folder = Path(folder)
     seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+    with written_once(folder) as beside:
+        write = partial(_write_picture, beside, seeds=seeds, group=GROUPS[concepts], size=size)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            written = list(pool.map(write, range(pictures)))
+        coco = _coco(written, GROUPS[concepts], f"{concepts}, seed {seeds}, version {_VERSION}")
+        (beside / "_annotations.coco.json").write_text(json.dumps(coco))
+
+
+@contextlib.contextmanager
+def written_once(folder: Path) -> Iterator[Path]:
+    """A folder to fill with generated data, which then becomes `folder`; all or nothing.
+
+    Another process may write the same data at the same time: the first one to end counts.
+    Raises DataError where the place cannot be written to.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -174,11 +191,7 @@ def write_shapes(
             f"folder that can be written"
         ) from error
     try:
-        write = partial(_write_picture, beside, seeds=seeds, group=GROUPS[concepts], size=size)
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-            written = list(pool.map(write, range(pictures)))
-        coco = _coco(written, GROUPS[concepts], f"{concepts}, seed {seeds}, version {_VERSION}")
-        (beside / "_annotations.coco.json").write_text(json.dumps(coco))
+        yield beside
         beside.chmod(0o755)
         beside.rename(folder)
     except OSError as error:

@@ -70,6 +70,11 @@ def clean(text: str) -> str:
     return regex.sub(r"\s+", " ", text.strip()).strip().lower()
 
 
+def words(text: str) -> tuple[str, ...]:
+    """What the byte-pair model reads of a text: texts of equal words have equal token rows."""
+    return tuple(_WORDS.findall(clean(text)))
+
+
 class Tokenizer:
     """Turns phrases into rows of token ids.
 
@@ -110,7 +115,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one phrase, without start, end, padding or truncation."""
-        return [i for word in _WORDS.findall(clean(text)) for i in self._ids(word)]
+        return [i for word in words(text) for i in self._ids(word)]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids [len(texts), length] int32: start, phrase, end, zeros. Too long: cut, end kept."""

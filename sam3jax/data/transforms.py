@@ -7,6 +7,7 @@ published inference transform; `draw_transform` the random one of training (rand
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,11 +66,20 @@ def draw_transform(
     )
 
 
-def move_picture(transform: Transform, picture: np.ndarray) -> np.ndarray:
-    """Pixels [Y, X, 3] uint8 onto the canvas, bilinear with antialiasing, black around."""
+def move_picture(
+    transform: Transform,
+    picture: np.ndarray | Image.Image,
+    change: Callable[[Image.Image], Image.Image] | None = None,
+) -> np.ndarray:
+    """Pixels [Y, X, 3] uint8 onto the canvas, bilinear with antialiasing, black around.
+
+    change: of the resized pixels; what is around them stays black.
+    """
     left, top, width, height = transform.crop
     box = (left, top, left + width, top + height)
-    resized = Image.fromarray(picture).resize(transform.size, Image.Resampling.BILINEAR, box)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    resized = image.resize(transform.size, Image.Resampling.BILINEAR, box)
+    resized = resized if change is None else change(resized)
     canvas = np.zeros((*transform.canvas[::-1], 3), np.uint8)
     return _put(transform, np.asarray(resized), canvas)
 

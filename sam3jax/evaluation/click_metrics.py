@@ -48,9 +48,9 @@ class ClickScores:
         out["clicks/objects"] = float(len(ious))
         return out
 
-    def curve(self) -> dict[str, list[float]]:
-        """Means after each click, for a plot."""
-        return {"mIoU": np.concatenate(self.ious).mean(0).tolist()}
+    def curve(self) -> list[float]:
+        """The mean IoU after each click; [] without an object."""
+        return np.concatenate(self.ious).mean(0).tolist() if self.ious else []
 
     def calibration(self) -> list[tuple[float, float, int]]:
         """(mean predicted IoU, mean true IoU, masks) of each tenth of predicted IoU that has masks."""

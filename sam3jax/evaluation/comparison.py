@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from sam3jax.data.coco import Dataset
-from sam3jax.data.pictures import open_rgb
 from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
 from sam3jax.viewing import draw
@@ -95,7 +94,7 @@ def draw_comparison(
     records = {image.id: image for image in dataset.images}
     for number, picture in enumerate(chosen, start=1):
         record = records[picture["id"]]
-        image = open_rgb(record.file, (record.width, record.height))
+        image = record.open()
         parts = [("truth", draw.true_instances(record, dataset.categories))]
         for name, results, score in (
             ("base", base, picture["base"]),

@@ -1,8 +1,8 @@
-"""The training loss. Answers to Sam3LossWrapper, IABCEMdetr and Boxes (sam3.train.loss); masks in
-`mask_loss`.
+"""The training loss of the detector. Answers to Sam3LossWrapper, IABCEMdetr and Boxes (sam3.train.loss).
 
-Every loss is computed for all decoder layers at once (an axis, not a loop). What a device returns is
-its share: summed over devices it is the loss of the whole batch, equal to torch on one process.
+Every loss is computed for all decoder layers at once (an axis, not a loop). `loss_shares` returns the
+share of one micro-batch of one device: it is divided by the totals of the whole batch (`totals`), so
+shares add up to the loss of the batch, equal to torch on one process.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from sam3jax.boxes import cxcywh_to_xyxy, giou, iou
 from sam3jax.config import LossConfig
-from sam3jax.losses.masks import MaskPairs, bce, focal, mask_sums, power
+from sam3jax.losses.elementwise import bce, focal, power
+from sam3jax.losses.masks import MaskPairs, mask_sums
 from sam3jax.losses.semantic import semantic_losses
-from sam3jax.losses.truth import Truth, gather_truth, visible
+from sam3jax.losses.totals import Divisors, Stages, Totals, count_totals, divisors, stages_of
+from sam3jax.losses.truth import Truth, at_least_one_mask, gather_truth, visible
 from sam3jax.matching import hungarian, match_cost, match_one_to_many
 from sam3jax.types import Detections, Outputs, Targets
 
@@ -26,13 +28,7 @@ KINDS = {
     "loss_mask": "mask", "loss_dice": "dice", "loss_semantic_seg": "semantic_seg",
     "loss_semantic_dice": "semantic_dice",
 }  # fmt: skip
-
-
-class Normalisers(NamedTuple):
-    """Scalars that the sums are divided by: targets, prompts; each over the whole batch."""
-
-    targets: jax.Array
-    prompts: jax.Array
+_HITS, _ERRORS = "ce_hits", "ce_errors"  # the counts behind `ce_f1`
 
 
 class Matches(NamedTuple):
@@ -48,22 +44,56 @@ def compute_losses(
     prompt_valid: jax.Array,
     config: LossConfig,
     *,
+    stage: jax.Array | None = None,
+    stages: int = 1,
     axis_names: tuple[str, ...] | None = None,
     point_rng: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The training loss and its terms under the published names.
 
     prompt_valid [I, P]: a prompt that is not valid counts as absent, in sums and in normalisers.
-    Returns (total, terms). Terms are not yet weighted, except that those of one-to-many queries carry
-    o2m_weight, as in torch (there even `ce_f1_o2m` does): `loss_bbox`, `loss_giou`, `loss_ce`,
-    `presence_loss`, `loss_mask`, `loss_dice`, the metrics `ce_f1` and `presence_dec_acc`, with the
-    suffixes `_aux_{layer}`, `_o2m`, `_aux_{layer}_o2m`; `core_loss` = total; `mask_pairs` and
-    `mask_pairs_dropped` count masks (never silently: see `mask_pairs` in LossConfig). torch's presence
-    terms of one-to-many queries, constant zeros, are left out.
+    Returns (total, terms). Terms are not yet weighted, except that losses of one-to-many queries carry
+    o2m_weight, as in torch: `loss_bbox`, `loss_giou`, `loss_ce`, `presence_loss`, `loss_mask`,
+    `loss_dice`, the metrics `ce_f1` and `presence_dec_acc`, with the suffixes `_aux_{layer}`, `_o2m`,
+    `_aux_{layer}_o2m`; `core_loss` = total; `mask_pairs` and `mask_pairs_dropped` count masks (never
+    silently: see `mask_pairs` in LossConfig). torch's presence terms of one-to-many queries, constant
+    zeros, are left out.
 
-    axis_names: mesh axes over which the batch is split (inside shard_map). Normalisers are summed over
+    stage [I] int32 < stages: the time step of each frame, where the batch is clips. Each stage is
+    normalised by its own targets and prompts, and the stages are summed.
+    axis_names: mesh axes over which the batch is split (inside shard_map). Totals are summed over
     them; total and terms are this device's shares: their psum is the loss of the whole batch.
     point_rng: key for `num_sample_points`; give each device its own.
+    """
+    targets = jax.tree.map(jnp.asarray, targets)
+    totals = count_totals(
+        targets, prompt_valid, config, prediction_size=outputs.semantic_logits.shape[1:],
+        stage=stage, stages=stages, axis_names=axis_names,
+    )  # fmt: skip
+    if axis_names:
+        totals = jax.lax.psum(totals, axis_names)
+    total, terms = loss_shares(
+        outputs, targets, prompt_valid, config, totals, stage=stage, axis_names=axis_names, point_rng=point_rng
+    )  # fmt: skip
+    return total, with_f1(terms, axis_names)
+
+
+def loss_shares(
+    outputs: Outputs,
+    targets: Targets,
+    prompt_valid: jax.Array,
+    config: LossConfig,
+    totals: Totals,
+    *,
+    stage: jax.Array | None = None,
+    axis_names: tuple[str, ...] | None = None,
+    point_rng: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`compute_losses` of one micro-batch of one device, divided by `totals` of the whole batch.
+
+    Everything returned may be added over micro-batches and devices; `with_f1` of the sum then holds
+    the same terms as `compute_losses` of the whole batch. (One divisor cannot be counted ahead: with
+    `weak_loss` that of classification holds the queries matched here, summed over axis_names only.)
     """
     chex.assert_rank([prompt_valid, outputs.o2o.logits, outputs.o2o.boxes], [2, 3, 4])
     chex.assert_equal_shape([prompt_valid, targets.num_targets])
@@ -71,44 +101,62 @@ def compute_losses(
         outputs = outputs.replace(o2m=None)
     if not config.aux:
         outputs = _last_layer(outputs)
+    targets = at_least_one_mask(targets)
     truth = gather_truth(targets, prompt_valid)
-    if not targets.masks.shape[1]:  # no instance in the whole batch: one blank mask to look at
-        blank = jnp.zeros((len(targets.masks), 1, *targets.masks.shape[2:]), jnp.uint8)
-        targets = targets.replace(masks=blank)
-    norm = _normalisers(truth, config, axis_names)
+    by = stages_of(stage, len(totals.prompts), prompt_valid.shape[1])
+    norm = divisors(totals, config, axis_names)
     matches = match(outputs, truth, config)
 
-    terms: dict[str, jax.Array] = {}
-    layers = len(outputs.o2o.logits)
-    names = [f"_aux_{i}" for i in range(layers - 1)] + [""]
+    shares: dict[str, jax.Array] = {}  # [S] each
+    counts: dict[str, jax.Array] = {}
+    names = [f"_aux_{i}" for i in range(len(outputs.o2o.logits) - 1)] + [""]
     groups = [(outputs.o2o, matches.o2o, outputs.presence_logits, 1.0, "")]
     if outputs.o2m is not None:
         groups.append((outputs.o2m, matches.o2m, None, config.o2m_weight, "_o2m"))
     for detections, queries, presence_logits, weight, suffix in groups:
-        found = _box_losses(detections, queries, truth, norm)
-        found |= _class_losses(detections, queries, truth, norm, config, axis_names)
+        found = _box_losses(detections, queries, truth, norm, by)
+        classes, hits = _class_losses(detections, queries, truth, norm, by, config, axis_names)
+        found |= classes
         if presence_logits is not None and config.use_presence:
-            found |= _presence_losses(presence_logits, truth, norm, config)
+            found |= _presence_losses(presence_logits, truth, norm, by, config)
         for key, values in found.items():
-            terms |= {f"{key}{name}{suffix}": weight * v for name, v in zip(names, values)}
+            shares |= {f"{key}{name}{suffix}": weight * v for name, v in zip(names, values)}
+        for key, values in hits.items():
+            counts |= {f"{key}{name}{suffix}": v for name, v in zip(names, values)}
     if config.masks:
-        terms |= _mask_losses(outputs, matches, truth, targets.masks, norm, config, point_rng)
+        masks, pairs = _mask_losses(outputs, matches, truth, targets.masks, norm, by, config, point_rng)  # fmt: skip
+        shares |= masks
+        counts |= pairs
     if config.semantic:
-        terms |= semantic_losses(
-            outputs.semantic_logits,
-            targets,
-            truth.valid,
-            truth.instance,
-            truth.real,
-            config,
-            axis_names,
-        )
+        found = semantic_losses(outputs.semantic_logits, targets, truth, config)
+        unions = norm.unions + 1e-6 if config.semantic_positive_only else norm.prompts
+        overlaps = by.sums(found.pop("miou_semantic_seg")) / jnp.maximum(norm.unions, 1)
+        shares |= {key: by.sums(value) / unions for key, value in found.items()}
+        counts["miou_semantic_seg"] = overlaps.sum()
 
     weights = {key: getattr(config, key) for key in KINDS}
-    total = sum(weights[kind] * terms[key] for key, kind in _weighted(terms))
+    total = sum(weights[kind] * shares[key] for key, kind in _weighted(shares))  # [S]
     if config.scale_by_find_batch_size:
         total = total * jnp.sqrt(norm.prompts)
-    return total, {**terms, "core_loss": total}
+    total = total.sum()
+    if config.normalize_by_stage_num:
+        total = total / by.number
+    terms = {key: value.sum() for key, value in shares.items()}
+    return total, {**terms, **counts, "core_loss": total}
+
+
+def with_f1(
+    terms: dict[str, jax.Array], axis_names: tuple[str, ...] | None = None
+) -> dict[str, jax.Array]:
+    """The terms with `ce_f1` in the place of the counts it is made of (a share, given axis_names)."""
+    out = {key: v for key, v in terms.items() if not key.startswith((_HITS, _ERRORS))}
+    for key in terms:
+        if key.startswith(_HITS):
+            suffix = key.removeprefix(_HITS)
+            hits, errors = terms[key], terms[f"{_ERRORS}{suffix}"]
+            both = _over_devices(2 * hits + errors, axis_names)
+            out[f"ce_f1{suffix}"] = 2 * hits / jnp.maximum(both, 1)
+    return out
 
 
 def breakdown(terms: dict[str, jax.Array], config: LossConfig) -> dict[str, jax.Array]:
@@ -163,31 +211,14 @@ def match(outputs: Outputs, truth: Truth, config: LossConfig) -> Matches:
     return Matches(o2o, o2m)
 
 
-def _normalisers(truth: Truth, config: LossConfig, axis_names) -> Normalisers:
-    if config.normalize_by_valid_object_num:
-        targets = (truth.real & (truth.boxes[..., 2:] > 0).all(-1)).sum()
-    else:
-        targets = truth.count.sum()
-    targets = targets.astype(jnp.float32)
-    if config.normalization == "none":
-        targets = jnp.ones_like(targets)
-    elif config.normalization == "global":
-        targets = jnp.maximum(_over_devices(targets, axis_names), 1)
-    else:
-        # The mean over devices of losses normalised on each, as torch's data parallelism makes it.
-        targets = jnp.maximum(targets, 1) * (jax.lax.psum(1, axis_names) if axis_names else 1)
-    prompts = _over_devices(truth.valid.sum().astype(jnp.float32), axis_names)
-    return Normalisers(targets, jnp.maximum(prompts, 1))
-
-
 def _over_devices(x: jax.Array, axis_names) -> jax.Array:
     return jax.lax.psum(x, axis_names) if axis_names else x
 
 
 def _box_losses(
-    detections: Detections, queries: jax.Array, truth: Truth, norm: Normalisers
-) -> dict:
-    """L1 and GIoU, summed over pairs; a query with several targets counts once for each. [L] each."""
+    detections: Detections, queries: jax.Array, truth: Truth, norm: Divisors, by: Stages
+) -> dict[str, jax.Array]:
+    """L1 and GIoU, summed over pairs; a query with several targets counts once for each. [L, S] each."""
     q = detections.boxes.shape[2]
     layers, pairs, t, k = queries.shape
     rows = jnp.minimum(queries, q - 1).reshape(layers, pairs, t * k, 1)
@@ -197,8 +228,8 @@ def _box_losses(
     l1 = jnp.abs(boxes - wanted).sum(-1)  # [L, B, T, k]
     overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
     return {
-        "loss_bbox": jnp.where(matched, l1, 0.0).sum((1, 2, 3)) / norm.targets,
-        "loss_giou": jnp.where(matched, 1 - overlap, 0.0).sum((1, 2, 3)) / norm.targets,
+        "loss_bbox": by.layer_sums(jnp.where(matched, l1, 0.0)) / norm.targets,
+        "loss_giou": by.layer_sums(jnp.where(matched, 1 - overlap, 0.0)) / norm.targets,
     }
 
 
@@ -206,11 +237,12 @@ def _class_losses(
     detections: Detections,
     queries: jax.Array,
     truth: Truth,
-    norm: Normalisers,
+    norm: Divisors,
+    by: Stages,
     config: LossConfig,
-    axis_names,
-) -> dict:
-    """IABCEMdetr: classification towards the quality of the box. [L] each.
+    axis_names: tuple[str, ...] | None,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """IABCEMdetr: classification towards the quality of the box, [L, S]; counts of right and wrong, [L].
 
     Positives: BCE(x, s) * pos_weight with s = max(.01, p^alpha IoU^(1 - alpha)), detached; negatives:
     BCE(x, 0) p^gamma, p not detached. Of several targets of one query the last one counts.
@@ -240,30 +272,27 @@ def _class_losses(
     counted = jnp.broadcast_to(truth.valid[:, None], loss.shape)
     if config.weak_loss:
         counted &= truth.exhaustive[:, None] | positive
-        divisor = _over_devices(counted.sum((1, 2)), axis_names) + 1e-6
+        divisor = _over_devices(by.layer_sums(counted), axis_names) + 1e-6
     else:
         divisor = norm.prompts * max(q, config.pad_n_queries or 0)
     said = (prob > 0.5) & truth.valid[:, None]
     hits, errors = (said & positive).sum((1, 2)), (said != positive).sum((1, 2))
-    f1_divisor = jnp.maximum(_over_devices(2 * hits + errors, axis_names), 1)
-    return {
-        "loss_ce": jnp.where(counted, loss, 0.0).sum((1, 2)) / divisor,
-        "ce_f1": 2 * hits / f1_divisor,
-    }
+    loss = by.layer_sums(jnp.where(counted, loss, 0.0)) / divisor
+    return {"loss_ce": loss}, {_HITS: hits, _ERRORS: errors}
 
 
 def _presence_losses(
-    logits: jax.Array, truth: Truth, norm: Normalisers, config: LossConfig
-) -> dict:
-    """Is there anything? Focal loss and accuracy, means over prompts. logits [L, B] -> [L] each."""
+    logits: jax.Array, truth: Truth, norm: Divisors, by: Stages, config: LossConfig
+) -> dict[str, jax.Array]:
+    """Is there anything? Focal loss and accuracy, means over prompts. logits [L, B] -> [L, S] each."""
     logits, wanted = logits.astype(jnp.float32), visible(truth)
     loss = focal(
         logits, wanted.astype(jnp.float32), alpha=config.presence_alpha, gamma=config.presence_gamma
     )
     right = (jax.nn.sigmoid(logits) > 0.5) == wanted
     return {
-        "presence_loss": jnp.where(truth.valid, loss, 0.0).sum(1) / norm.prompts,
-        "presence_dec_acc": (right & truth.valid).sum(1) / norm.prompts,
+        "presence_loss": by.layer_sums(jnp.where(truth.valid, loss, 0.0)) / norm.prompts,
+        "presence_dec_acc": by.layer_sums(right & truth.valid) / norm.prompts,
     }
 
 
@@ -272,22 +301,22 @@ def _mask_losses(
     matches: Matches,
     truth: Truth,
     masks: jax.Array,
-    norm: Normalisers,
+    norm: Divisors,
+    by: Stages,
     config: LossConfig,
     point_rng: jax.Array | None,
-) -> dict:
-    """Focal and dice of the last layer's pairs, one-to-one and one-to-many."""
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Focal and dice of the last layer's pairs, one-to-one and one-to-many, [S]; counts of pairs."""
     pairs, dropped = mask_pairs(outputs, matches, truth, config, point_rng)
     groups = [outputs.o2o] if outputs.o2m is None else [outputs.o2o, outputs.o2m]
     embed = jnp.concatenate([g.mask_embed for g in groups], axis=1)
-    sums = mask_sums(embed, outputs.pixel_embed, masks, pairs, config) / norm.targets
-    terms = {"loss_mask": sums[0, 0], "loss_dice": sums[0, 1]}
-    if outputs.o2m is not None:
-        terms["loss_mask_o2m"] = config.o2m_weight * sums[1, 0]
-        terms["loss_dice_o2m"] = config.o2m_weight * sums[1, 1]
-    terms["mask_pairs"] = pairs.keep.sum().astype(jnp.float32)
-    terms["mask_pairs_dropped"] = dropped.astype(jnp.float32)
-    return terms
+    sums = mask_sums(embed, outputs.pixel_embed, masks, pairs, config)  # [B, 2, 2]
+    shares = {}
+    for group, (suffix, weight) in enumerate((("", 1.0), ("_o2m", config.o2m_weight))[: len(groups)]):  # fmt: skip
+        for kind, name in enumerate(("loss_mask", "loss_dice")):
+            shares[f"{name}{suffix}"] = weight * (by.sums(sums[:, group, kind]) / norm.targets)
+    counts = {"mask_pairs": pairs.keep.sum(), "mask_pairs_dropped": dropped}
+    return shares, {key: value.astype(jnp.float32) for key, value in counts.items()}
 
 
 def mask_pairs(

@@ -13,7 +13,8 @@ import numpy as np
 from flax import struct
 
 from sam3jax.config import ClicksConfig
-from sam3jax.losses.masks import bce, dice, focal, resize_bilinear
+from sam3jax.losses.elementwise import bce, dice, focal
+from sam3jax.losses.resample import resize_bilinear
 
 
 @struct.dataclass

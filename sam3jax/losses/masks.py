@@ -13,10 +13,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from sam3jax.config import LossConfig
+from sam3jax.losses.elementwise import dice, focal
+from sam3jax.losses.resample import nearest_bits, resize_bilinear, sample_bilinear, sample_bits
 from sam3jax.model.layers import zero_like
 
 
@@ -35,90 +36,13 @@ class MaskPairs:
     key: jax.Array | None
 
 
-@jax.custom_jvp
-def sigmoids(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """p = sigmoid(x), 1 - p and log p, each to full precision, from one exponential and one logarithm.
-
-    Masks have millions of pixels: on a CPU these functions are most of the time of their loss.
-    """
-    small = jnp.exp(-jnp.abs(logits))
-    large = 1 / (1 + small)
-    positive = logits >= 0
-    p, rest = jnp.where(positive, large, small * large), jnp.where(positive, small * large, large)
-    return p, rest, jnp.minimum(logits, 0) - jnp.log1p(small)
-
-
-@sigmoids.defjvp
-def _sigmoids_jvp(primals, tangents):
-    p, rest, log_p = sigmoids(*primals)
-    slope = p * rest * tangents[0]
-    return (p, rest, log_p), (slope, -slope, rest * tangents[0])
-
-
-def bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Binary cross entropy with logits, elementwise; targets in 0..1."""
-    return (1 - targets) * logits - sigmoids(logits)[2]
-
-
-def focal(logits: jax.Array, targets: jax.Array, *, alpha: float, gamma: float) -> jax.Array:
-    """Focal loss (Lin et al. 2017), elementwise; targets in 0..1; no alpha weighting if alpha < 0."""
-    p, rest, log_p = sigmoids(logits)
-    loss = ((1 - targets) * logits - log_p) * power(p * (1 - targets) + rest * targets, gamma)
-    return loss * (alpha * targets + (1 - alpha) * (1 - targets)) if alpha >= 0 else loss
-
-
-def dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """1 - (2 |p t| + 1) / (|p| + |t| + 1) over all axes but the first. [R, ...] -> [R]."""
-    axes = tuple(range(1, logits.ndim))
-    p, _, _ = sigmoids(logits)
-    return 1 - (2 * (p * targets).sum(axes) + 1) / (p.sum(axes) + targets.sum(axes) + 1)
-
-
-def power(base: jax.Array, exponent: float) -> jax.Array:
-    """base ** exponent for base >= 0, with a finite gradient at 0."""
-    if float(exponent).is_integer():
-        return jax.lax.integer_pow(base, int(exponent))
-    positive = base > 0
-    return jnp.where(positive, jnp.where(positive, base, 1.0) ** exponent, 0.0)
-
-
-def resize_bilinear(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """torch's F.interpolate(mode="bilinear", align_corners=False), no antialias. [R, Y, X] -> [R, *size].
-
-    Two products with banded matrices: the backward pass is again two products, where a gather would
-    turn into a scatter.
-    """
-    rows, columns = (interpolation(o, i) for o, i in zip(size, maps.shape[-2:]))
-    # HIGHEST: an accelerator's short float32 product would cost three digits of every mask.
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    if size[1] != maps.shape[-1]:
-        maps = product("rhw,xw->rhx", maps, columns)
-    if size[0] != maps.shape[-2]:
-        # One product per map: shared rows would make XLA:CPU transpose the large result.
-        rows = jnp.broadcast_to(rows, (len(maps), *rows.shape))
-        maps = product("ryh,rhx->ryx", rows, maps)
-    return maps
-
-
-def interpolation(out: int, inp: int) -> np.ndarray:
-    """[out, inp] float32: row i weights the two nearest inputs, half-pixel centres, edges repeated."""
-    source = np.float32(inp / out) * (np.arange(out, dtype=np.float32) + np.float32(0.5))
-    source = np.maximum(source - np.float32(0.5), 0)
-    low = np.minimum(source.astype(np.int32), inp - 1)
-    weight = source - low
-    matrix = np.zeros((out, inp), np.float32)
-    matrix[np.arange(out), low] += 1 - weight
-    matrix[np.arange(out), np.minimum(low + 1, inp - 1)] += weight
-    return matrix
-
-
 def mask_sums(
     embed: jax.Array, pixel_embed: jax.Array, masks: jax.Array, pairs: MaskPairs, config: LossConfig
 ) -> jax.Array:
-    """Focal and dice loss summed over the kept pairs, before weights and normaliser.
+    """Focal and dice loss summed over the kept pairs of each prompt, before weights and normaliser.
 
-    embed [B, Q, D], pixel_embed [B, Y', X', D]; masks [I, M, Y, ceil(X / 8)] packed, pair b belonging
-    to image b // (B / I). Returns [2, 2]: (one-to-one, one-to-many) x (focal, dice).
+    embed [B, Q, D], pixel_embed [B, Y', X', D]; masks [I, M, Y, ceil(X / 8)] packed, pair b belongs
+    to image b // (B / I). Returns [B, 2, 2]: (one-to-one, one-to-many) x (focal, dice).
     Differentiable in embed and pixel_embed.
     """
     mask_width(masks, pixel_embed)
@@ -161,7 +85,7 @@ def _mask_sums(config, embed, pixel_embed, masks, pairs, counts):
         return jax.lax.fori_loop(0, _num_chunks(count, config), body, start)
 
     index = jnp.arange(len(embed))
-    return jax.lax.map(prompt, (index, embed, pixel_embed, pairs, counts)).sum(0)
+    return jax.lax.map(prompt, (index, embed, pixel_embed, pairs, counts))
 
 
 def _mask_sums_forward(config, embed, pixel_embed, masks, pairs, counts):
@@ -174,7 +98,7 @@ def _mask_sums_backward(config, saved, cotangent):
     per_prompt = len(embed) // len(masks)
 
     def prompt(args):
-        b, embed, pixels, pairs, count = args
+        b, embed, pixels, pairs, count, cotangent = args
 
         def body(i, grads):
             chunk = _take_chunk(pairs, count, i, config.mask_chunk)
@@ -192,7 +116,7 @@ def _mask_sums_backward(config, saved, cotangent):
         return grads[0].astype(embed.dtype), grads[1].astype(pixels.dtype)
 
     index = jnp.arange(len(embed))
-    grads = jax.lax.map(prompt, (index, embed, pixel_embed, pairs, counts))
+    grads = jax.lax.map(prompt, (index, embed, pixel_embed, pairs, counts, cotangent))
     return *grads, None, None, None
 
 
@@ -222,7 +146,7 @@ def _chunk_sums(
         targets = sample_bits(bits, points, width)
         logits = sample_bilinear(logits, points)
     elif config.mask_resolution == "prediction":
-        targets = _nearest_bits(bits, logits.shape[1:], width)
+        targets = nearest_bits(bits, logits.shape[1:], width)
     else:
         targets = jnp.unpackbits(bits, axis=-1, count=width)
         logits = resize_bilinear(logits, targets.shape[1:])
@@ -231,15 +155,6 @@ def _chunk_sums(
     losses = jnp.stack([pixelwise.mean(tuple(range(1, pixelwise.ndim))), dice(logits, targets)])
     member = chunk.keep & (chunk.group == jnp.arange(2)[:, None])  # [2, R]
     return jnp.where(member[:, None], losses, 0.0).sum(-1)
-
-
-def _nearest_bits(bits: jax.Array, size: tuple[int, int], width: int) -> jax.Array:
-    """Targets at the centres of a coarser grid. [R, Y, ceil(X / 8)] -> [R, *size]."""
-    rows, columns = (
-        np.minimum(((np.arange(o) + 0.5) * (i / o)).astype(np.int32), i - 1)
-        for o, i in zip(size, (bits.shape[1], width))
-    )
-    return jnp.unpackbits(bits[:, rows], axis=-1)[:, :, columns]
 
 
 def uncertain_points(key: jax.Array, logits: jax.Array, config: LossConfig) -> jax.Array:
@@ -264,40 +179,3 @@ def point_coordinates(key: jax.Array, config: LossConfig) -> tuple[jax.Array, ja
         jax.random.uniform(first, (candidates, 2)),
         jax.random.uniform(second, (config.num_sample_points - uncertain, 2)),
     )
-
-
-def sample_bilinear(maps: jax.Array, points: jax.Array) -> jax.Array:
-    """torch's F.grid_sample(align_corners=False) at points in 0..1, zero outside.
-
-    maps [R, Y, X], points [R, N, 2] (x, y) -> [R, N].
-    """
-    y, x = maps.shape[-2:]
-    return _bilinear_taps(points, x, y, lambda r, row, column: maps[r, row, column])
-
-
-def sample_bits(bits: jax.Array, points: jax.Array, width: int) -> jax.Array:
-    """`sample_bilinear` of packed masks. bits [R, Y, ceil(X / 8)], points [R, N, 2] -> [R, N]."""
-
-    def tap(r, row, column):
-        return (bits[r, row, column // 8] >> (7 - column % 8).astype(jnp.uint8)) & 1
-
-    return _bilinear_taps(points, width, bits.shape[-2], tap)
-
-
-def _bilinear_taps(points: jax.Array, x: int, y: int, tap) -> jax.Array:
-    place = points * jnp.array([x, y], jnp.float32) - 0.5
-    corner = jnp.floor(place)
-    fraction = place - corner
-    pair = jnp.arange(len(points))[:, None]
-    total = 0.0
-    for dx in (0, 1):
-        for dy in (0, 1):
-            column, row = (
-                corner[..., 0].astype(jnp.int32) + dx,
-                corner[..., 1].astype(jnp.int32) + dy,
-            )
-            inside = (column >= 0) & (column < x) & (row >= 0) & (row < y)
-            weight = jnp.abs(1 - dx - fraction[..., 0]) * jnp.abs(1 - dy - fraction[..., 1])
-            value = tap(pair, jnp.clip(row, 0, y - 1), jnp.clip(column, 0, x - 1))
-            total += jnp.where(inside, weight, 0.0) * value
-    return total

@@ -8,27 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from sam3jax.config import LossConfig
-from sam3jax.losses.masks import bce, dice, focal, interpolation, mask_width, resize_bilinear
+from sam3jax.losses.elementwise import bce, dice, focal
+from sam3jax.losses.masks import mask_width
+from sam3jax.losses.resample import interpolation, resize_bilinear
+from sam3jax.losses.truth import Truth
 from sam3jax.types import Targets
 
 
 def semantic_losses(
-    logits: jax.Array,
-    targets: Targets,
-    valid: jax.Array,
-    instance: jax.Array,
-    real: jax.Array,
-    config: LossConfig,
-    axis_names: tuple[str, ...] | None,
+    logits: jax.Array, targets: Targets, truth: Truth, config: LossConfig
 ) -> dict[str, jax.Array]:
-    """`loss_semantic_seg`, `loss_semantic_dice` and the metric `miou_semantic_seg`, as shares.
+    """`loss_semantic_seg`, `loss_semantic_dice` and the metric `miou_semantic_seg` of each prompt, [B].
 
-    logits [B, Y', X']; valid [B]; instance, real [B, T]. The truth is the union of a prompt's masks;
-    an instance without a usable mask adds nothing. semantic_downsample: compared at the size of the
-    prediction, where a pixel counts as soon as it sees any of the union (bilinear, then > 0, as in
-    torch); else the prediction is upsampled. semantic_positive_only: mean over the prompts with a
-    non-empty union, else over all. (A batch without any instance: torch compares with a single pixel
-    or fails; here the union is empty.)
+    logits [B, Y', X']. The truth is the union of a prompt's masks; an instance without a usable mask
+    adds nothing. semantic_downsample: compared at the size of the prediction, where a pixel counts as
+    soon as it sees any of the union (bilinear, then > 0, as in torch); else the prediction is
+    upsampled. semantic_positive_only: prompts with an empty union count 0. (Torch compares a batch
+    without any instance with a single pixel, or fails; here the union is empty.)
     """
     width = mask_width(targets.masks, logits[..., None])
     per_image = len(logits) // len(targets.masks)
@@ -36,10 +32,7 @@ def semantic_losses(
     @jax.checkpoint  # one prompt's full-size maps at a time, drawn again for the gradient
     def prompt(args):
         b, logits, instance, real = args
-        masks = targets.masks[b // per_image, instance]  # [T, Y, X / 8]
-        masks = jnp.where(real[:, None, None], masks, 0)
-        union = jax.lax.reduce(masks, jnp.zeros_like(masks[0, 0, 0]), jax.lax.bitwise_or, (0,))
-        union = jnp.unpackbits(union, axis=-1, count=width)[None].astype(jnp.float32)
+        union = _union(targets.masks[b // per_image, instance], real, width)
         logits = logits[None].astype(jnp.float32)
         if config.semantic_downsample:
             union = _any_seen(union, logits.shape[1:])
@@ -56,17 +49,38 @@ def semantic_losses(
         return jnp.stack([pixelwise.mean(), dice(logits, union)[0], overlap, here.any()])
 
     index = jnp.arange(len(logits))
-    seg, loss_dice, overlap, positive = jax.lax.map(prompt, (index, logits, instance, real)).T
-    counted = valid & (positive > 0) if config.semantic_positive_only else valid
-    over_devices = lambda x: jax.lax.psum(x, axis_names) if axis_names else x
-    divisor = over_devices(counted.sum().astype(jnp.float32))
-    positives = over_devices((valid & (positive > 0)).sum().astype(jnp.float32))
-    divisor = divisor + 1e-6 if config.semantic_positive_only else jnp.maximum(divisor, 1)
+    seg, loss_dice, overlap, positive = jax.lax.map(
+        prompt, (index, logits, truth.instance, truth.real)
+    ).T
+    counted = truth.valid & (positive > 0) if config.semantic_positive_only else truth.valid
     return {
-        "loss_semantic_seg": jnp.where(counted, seg, 0.0).sum() / divisor,
-        "loss_semantic_dice": jnp.where(counted, loss_dice, 0.0).sum() / divisor,
-        "miou_semantic_seg": jnp.where(valid, overlap, 0.0).sum() / jnp.maximum(positives, 1),
+        "loss_semantic_seg": jnp.where(counted, seg, 0.0),
+        "loss_semantic_dice": jnp.where(counted, loss_dice, 0.0),
+        "miou_semantic_seg": jnp.where(truth.valid, overlap, 0.0),
     }
+
+
+def has_union(
+    targets: Targets, truth: Truth, config: LossConfig, size: tuple[int, int]
+) -> jax.Array:
+    """[B]: whether the truth of a prompt is not empty at the size where it is compared."""
+    per_image = len(truth.real) // len(targets.masks)
+    width = mask_width(targets.masks, jnp.zeros((1, *size, 0)))
+
+    def prompt(args):
+        b, instance, real = args
+        union = _union(targets.masks[b // per_image, instance], real, width)
+        return (_any_seen(union, size) if config.semantic_downsample else union).any()
+
+    index = jnp.arange(len(truth.real))
+    return jax.lax.map(prompt, (index, truth.instance, truth.real))
+
+
+def _union(masks: jax.Array, real: jax.Array, width: int) -> jax.Array:
+    """Packed masks [T, Y, X / 8], those that are real -> [1, Y, X] float32, 0 or 1."""
+    masks = jnp.where(real[:, None, None], masks, 0)
+    union = jax.lax.reduce(masks, jnp.zeros_like(masks[0, 0, 0]), jax.lax.bitwise_or, (0,))
+    return jnp.unpackbits(union, axis=-1, count=width)[None].astype(jnp.float32)
 
 
 def _any_seen(union: jax.Array, size: tuple[int, int]) -> jax.Array:

@@ -52,6 +52,14 @@ def gather_truth(targets: Targets, prompt_valid: jax.Array) -> Truth:
     )
 
 
+def at_least_one_mask(targets: Targets) -> Targets:
+    """The same targets; a blank mask stands where the whole batch has no instance (M = 0)."""
+    if targets.masks.shape[1]:
+        return targets
+    masks = targets.masks
+    return targets.replace(masks=jnp.zeros((len(masks), 1, *masks.shape[2:]), jnp.uint8))
+
+
 def visible(truth: Truth) -> jax.Array:
     """[B]: does the prompt have a target with an area?"""
     return (truth.real & (truth.boxes[..., 2:] > 0).all(-1)).any(-1)

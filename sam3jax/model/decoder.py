@@ -44,6 +44,7 @@ class DecoderLayer(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(
@@ -63,7 +64,9 @@ class DecoderLayer(nn.Module):
             return nn.Dropout(c.dropout, deterministic=not self.train)(y)
 
         def attend(name):
-            return MultiHeadAttention(c.heads, c.dropout, dtype, self.train, name=name)
+            return MultiHeadAttention(
+                c.heads, c.dropout, dtype, self.train, self.backend, name=name
+            )
 
         own = x[:, : 1 + c.queries]
         qk = own + query_pos[:, : 1 + c.queries]
@@ -89,6 +92,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -102,7 +106,7 @@ class Decoder(nn.Module):
         self.reference_points = self.param("reference_points", normal(1.0), (c.queries, 4))
         self.presence_token = self.param("presence_token", normal(1.0), (1, c.dim))
         layer = remat(DecoderLayer, prevent_cse=True)
-        self.layers = [layer(c, self.train) for _ in range(c.decoder_layers)]
+        self.layers = [layer(c, self.train, self.backend) for _ in range(c.decoder_layers)]
         self.norm = layer_norm(dtype)
         # What becomes a box or a score is float32 to the end.
         self.bbox_embed = mlp(c.dim, c.dim, 4, dtype=jnp.float32)

@@ -21,6 +21,7 @@ class EncoderLayer(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(
@@ -39,7 +40,9 @@ class EncoderLayer(nn.Module):
             return nn.Dropout(c.dropout, deterministic=not self.train)(y)
 
         def attend(name):
-            return MultiHeadAttention(c.heads, c.dropout, dtype, self.train, name=name)
+            return MultiHeadAttention(
+                c.heads, c.dropout, dtype, self.train, self.backend, name=name
+            )
 
         def keys(mask):
             return None if mask is None else mask[:, None, None]
@@ -55,7 +58,9 @@ class EncoderLayer(nn.Module):
         return x + drop(Linear(c.dim, dtype=dtype, train=self.train, name="linear2")(y)), None
 
 
-def encoder_layers(config: ModelConfig, length: int, train: bool, name: str) -> nn.Module:
+def encoder_layers(
+    config: ModelConfig, length: int, train: bool, backend: str | None, name: str
+) -> nn.Module:
     """`length` stacked, scanned, rematerialised EncoderLayers."""
     scan = nn.scan(
         remat(EncoderLayer, prevent_cse=False),
@@ -64,7 +69,7 @@ def encoder_layers(config: ModelConfig, length: int, train: bool, name: str) -> 
         in_axes=(nn.broadcast,) * 5,
         length=length,
     )
-    return scan(config, train, name=name)
+    return scan(config, train, backend, name=name)
 
 
 class FusionEncoder(nn.Module):
@@ -72,12 +77,13 @@ class FusionEncoder(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(
         self, image: jax.Array, position: jax.Array, prompt: jax.Array, prompt_valid: jax.Array
     ) -> jax.Array:
         c = self.config
-        layers = encoder_layers(c, c.fusion_layers, self.train, "layers")
+        layers = encoder_layers(c, c.fusion_layers, self.train, self.backend, "layers")
         x, _ = layers(image, prompt, position, None, None, prompt_valid)
         return x

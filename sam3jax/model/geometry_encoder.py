@@ -61,6 +61,7 @@ class GeometryEncoder(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(
@@ -104,7 +105,7 @@ class GeometryEncoder(nn.Module):
         valid = jnp.concatenate([valid, has_cls], 1)
 
         tokens = layer_norm(dtype, name="norm")(linear("final_proj")(tokens))
-        layers = encoder_layers(c, c.geometry_layers, self.train, "encode")
+        layers = encoder_layers(c, c.geometry_layers, self.train, self.backend, "encode")
         flat = image.reshape(b, rows * columns, d)
         tokens, _ = layers(tokens, flat, None, position, attended, None)
         return layer_norm(dtype, name="encode_norm")(tokens), valid

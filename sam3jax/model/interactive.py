@@ -35,6 +35,7 @@ class Interactive(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     def setup(self) -> None:
         c, train = self.config, self.train
@@ -43,10 +44,10 @@ class Interactive(nn.Module):
                 f"half of dim {c.dim} does not divide among mask_decoder_heads "
                 f"{c.mask_decoder_heads}: the mask decoder attends to pictures at half width"
             )
-        self.vit = ViT(c, train)
+        self.vit = ViT(c, train, self.backend)
         self.tracker_neck = TrackerNeck(c)
         self.prompt_encoder = PromptEncoder(c)
-        self.mask_decoder = MaskDecoder(c, train)
+        self.mask_decoder = MaskDecoder(c, train, self.backend)
         self.no_mem_embed = self.param("no_mem_embed", nn.initializers.normal(0.02), (1, 1, c.dim))
 
     def __call__(

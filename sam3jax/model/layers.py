@@ -75,10 +75,10 @@ class Linear(nn.Module):
     def _adapter(self, x: jax.Array) -> jax.Array:
         a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
         if self.train and self.has_variable("lora_scale", "dropout"):
-            keep = 1.0 - self.get_variable("lora_scale", "dropout").astype(x.dtype)
-            x = jnp.where(
-                jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape), x / keep, 0
-            )
+            # In float32: bfloat16 holds probabilities to 8 bits only, and 1 - .003 as 1.
+            keep = 1.0 - self.get_variable("lora_scale", "dropout").astype(jnp.float32)
+            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+            x = jnp.where(kept, x.astype(jnp.float32) / keep, 0.0).astype(x.dtype)
         scale = self.get_variable("lora_scale", "scale").astype(self.dtype)
         return scale * dot(dot(x, a.astype(self.dtype)), b.astype(self.dtype))
 
@@ -189,7 +189,7 @@ def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array
     if key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
+    return jnp.where(keep, x.astype(jnp.float32) / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def zero_like(*arrays: jax.Array) -> jax.Array:

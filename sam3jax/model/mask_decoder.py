@@ -26,6 +26,7 @@ class MaskDecoder(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     def setup(self) -> None:
         c, d, train = self.config, self.config.dim, self.train
@@ -36,7 +37,7 @@ class MaskDecoder(nn.Module):
         self.mask_tokens = self.param("mask_tokens", wide, (MASKS, d))
         self.conv_s0 = Conv(d // 8, 1, dtype=dtype)
         self.conv_s1 = Conv(d // 4, 1, dtype=dtype)
-        self.transformer = TwoWayTransformer(c, train)
+        self.transformer = TwoWayTransformer(c, train, self.backend)
         self.output_upscaling_0 = Upsample2x(d // 4, dtype)
         self.output_upscaling_1 = layer_norm(dtype, LAYER_NORM_2D_EPS)
         self.output_upscaling_3 = Upsample2x(d // 8, dtype)
@@ -103,6 +104,7 @@ class TwoWayTransformer(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(
@@ -113,11 +115,13 @@ class TwoWayTransformer(nn.Module):
         tokens, image, positions = (x.astype(dtype) for x in (tokens, image, positions))
         start, mask = tokens, valid[:, None, None]
         for i in range(DEPTH):
-            block = TwoWayBlock(c, first=i == 0, train=self.train, name=f"layers_{i}")
+            block = TwoWayBlock(
+                c, first=i == 0, train=self.train, backend=self.backend, name=f"layers_{i}"
+            )
             tokens, image = block(tokens, start, mask, image, positions)
         attend = MultiHeadAttention(
             c.mask_decoder_heads, dtype=dtype, train=self.train, inner=c.dim // 2,
-            name="final_attn_token_to_image",
+            backend=self.backend, name="final_attn_token_to_image",
         )  # fmt: skip
         tokens = tokens + attend(tokens + start, image + positions, image)
         return layer_norm(dtype, name="norm_final_attn")(tokens), image
@@ -132,6 +136,7 @@ class TwoWayBlock(nn.Module):
     config: ModelConfig
     first: bool
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(
@@ -147,7 +152,12 @@ class TwoWayBlock(nn.Module):
 
         def attention(name: str, inner: int) -> MultiHeadAttention:
             return MultiHeadAttention(
-                c.mask_decoder_heads, dtype=dtype, train=train, inner=inner, name=name
+                c.mask_decoder_heads,
+                dtype=dtype,
+                train=train,
+                inner=inner,
+                backend=self.backend,
+                name=name,
             )
 
         attend = attention("self_attn", c.dim)

@@ -54,6 +54,9 @@ class DotProductScoring(nn.Module):
 class Sam3(nn.Module):
     """The detector. Use through `init` and `apply`; `train` adds one-to-many queries and dropout.
 
+    backend: the platform it is compiled for (`cpu`, `gpu`, `tpu`), which decides how attention is
+    computed; None: jax's default backend.
+
     >>> model = Sam3(ModelConfig(preset="tiny"))                              # doctest: +SKIP
     >>> variables = model.init(key, images, tokens, prompts)                  # doctest: +SKIP
     >>> outputs = model.apply(variables, images, tokens, prompts)             # doctest: +SKIP
@@ -64,17 +67,18 @@ class Sam3(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     def setup(self) -> None:
-        c, train = self.config, self.train
-        self.vit = ViT(c, train)
+        c, train, backend = self.config, self.train, self.backend
+        self.vit = ViT(c, train, backend)
         self.neck = Neck(c)
-        self.text_encoder = TextEncoder(c, train)
-        self.geometry_encoder = GeometryEncoder(c, train)
-        self.fusion_encoder = FusionEncoder(c, train)
-        self.decoder = Decoder(c, train)
+        self.text_encoder = TextEncoder(c, train, backend)
+        self.geometry_encoder = GeometryEncoder(c, train, backend)
+        self.fusion_encoder = FusionEncoder(c, train, backend)
+        self.decoder = Decoder(c, train, backend)
         self.scoring = DotProductScoring(c, train)
-        self.segmentation_head = SegmentationHead(c, train)
+        self.segmentation_head = SegmentationHead(c, train, backend)
 
     def __call__(self, images: jax.Array, tokens: jax.Array, prompts: Prompts) -> Outputs:
         """images [I, Y, X, 3] uint8 (or float, already normalised); tokens [V, N] -> Outputs."""

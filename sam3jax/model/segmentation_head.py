@@ -49,6 +49,7 @@ class SegmentationHead(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(
@@ -63,7 +64,9 @@ class SegmentationHead(nn.Module):
         dtype = jnp.dtype(c.compute_dtype)
         b, rows, columns, d = memory.shape
         x = layer_norm(dtype, name="cross_attn_norm")(memory).reshape(b, rows * columns, d)
-        attend = MultiHeadAttention(c.heads, 0.0, dtype, self.train, name="cross_attend_prompt")
+        attend = MultiHeadAttention(
+            c.heads, 0.0, dtype, self.train, self.backend, name="cross_attend_prompt"
+        )
         x = (
             attend(x, prompt, prompt, mask=prompt_valid[:, None, None]).reshape(memory.shape)
             + memory

@@ -18,6 +18,7 @@ class TextBlock(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:  # [V, N, D]
@@ -25,7 +26,7 @@ class TextBlock(nn.Module):
         dtype = jnp.dtype(c.compute_dtype)
         causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
         y = layer_norm(dtype, name="ln_1")(x)
-        attend = MultiHeadAttention(c.text_heads, 0.0, dtype, self.train, name="attn")
+        attend = MultiHeadAttention(c.text_heads, 0.0, dtype, self.train, self.backend, name="attn")
         x = x + attend(y, y, y, mask=causal)
         y = layer_norm(dtype, name="ln_2")(x)
         y = gelu(Linear(4 * c.text_dim, dtype=dtype, train=self.train, name="c_fc")(y))
@@ -40,6 +41,7 @@ class TextEncoder(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> TextFeatures:
@@ -52,7 +54,7 @@ class TextEncoder(nn.Module):
         scan = nn.scan(
             remat(TextBlock, prevent_cse=False), STACKED, split_rngs=SPLIT, length=c.text_layers
         )
-        x, _ = scan(c, self.train, name="resblocks")(x)
+        x, _ = scan(c, self.train, self.backend, name="resblocks")(x)
         x = layer_norm(dtype, name="ln_final")(x)
         x = Linear(c.dim, dtype=dtype, train=self.train, name="resizer")(x)
         return TextFeatures(features=x, valid=tokens != 0)

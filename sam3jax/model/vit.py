@@ -25,6 +25,7 @@ class RopeAttention(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, y, x, D]
@@ -35,7 +36,7 @@ class RopeAttention(nn.Module):
         qkv = qkv.reshape(b, rows * columns, 3, c.vit_heads, width // c.vit_heads)
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, N, H, K]
         cos, sin = rope_table(rows, width // c.vit_heads, c.window_size / rows)
-        y = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        y = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, backend=self.backend)
         y = y.reshape(b, rows, columns, width)
         return Linear(width, dtype=dtype, train=self.train, name="proj")(y)
 
@@ -60,6 +61,7 @@ class Block(nn.Module):
     config: ModelConfig
     window: int
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_rate: jax.Array) -> tuple[jax.Array, None]:
@@ -71,7 +73,7 @@ class Block(nn.Module):
             return drop_path(y, drop_rate, self.make_rng("dropout") if random else None)
 
         y = layer_norm(dtype, c.vit_norm_eps, name="norm1")(x)
-        attend = RopeAttention(c, self.train, name="attn")
+        attend = RopeAttention(c, self.train, self.backend, name="attn")
         if self.window:
             y = _from_windows(attend(_to_windows(y, self.window)), x.shape)
         else:
@@ -87,6 +89,7 @@ class Stage(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_rates: jax.Array) -> tuple[jax.Array, None]:
@@ -96,8 +99,10 @@ class Stage(nn.Module):
             scan = nn.scan(
                 block, STACKED, split_rngs=SPLIT, in_axes=0, length=c.vit_stage_blocks - 1
             )
-            x, _ = scan(c, c.window_size, self.train, name="windows")(x, drop_rates[:-1])
-        return block(c, 0, self.train, name="last")(x, drop_rates[-1])
+            x, _ = scan(c, c.window_size, self.train, self.backend, name="windows")(
+                x, drop_rates[:-1]
+            )
+        return block(c, 0, self.train, self.backend, name="last")(x, drop_rates[-1])
 
 
 class ViT(nn.Module):
@@ -105,6 +110,7 @@ class ViT(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    backend: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -129,7 +135,7 @@ class ViT(nn.Module):
         depth = c.vit_stages * c.vit_stage_blocks
         rates = jnp.linspace(0.0, c.drop_path, depth).reshape(c.vit_stages, c.vit_stage_blocks)
         scan = nn.scan(Stage, STACKED, split_rngs=SPLIT, in_axes=0, length=c.vit_stages)
-        x, _ = scan(c, self.train, name="stages")(x, rates)
+        x, _ = scan(c, self.train, self.backend, name="stages")(x, rates)
         return x
 
 

@@ -17,13 +17,16 @@ from sam3jax.files import write_text
 
 
 class RunLog:
-    """The log of a run that continues at `step`: lines beyond it, of steps taken again, are dropped.
+    """The log of a run that continues at `step`. Lines after `step` are removed; those steps run again.
 
+    validated: whether the validation of `step` is done; if not, its line is removed too.
     Every line of metrics.jsonl is one object: step, split, and values by name; a value that is not
     finite is null.
     """
 
-    def __init__(self, run: Path, step: int, total: int, *, write: bool = True) -> None:
+    def __init__(
+        self, run: Path, step: int, total: int, *, validated: bool = True, write: bool = True
+    ) -> None:
         self._write = write
         self._console = Console(stderr=True)
         columns = (
@@ -41,8 +44,8 @@ class RunLog:
         file = run / "metrics.jsonl"
         kept = []
         if file.is_file():
-            lines = file.read_text().splitlines()
-            kept = [line for line in lines if _step(line) is not None and _step(line) <= step]
+            last = {"train": step, "valid": step if validated else step - 1}
+            kept = [line for line in file.read_text().splitlines() if _is_kept(line, last)]
             write_text(file, "".join(f"{line}\n" for line in kept))
         self._file = file.open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
@@ -75,10 +78,7 @@ class RunLog:
     def valid(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a validation."""
         self._line(step, "valid", values)
-        shown = [
-            k for k in ("segm/AP", "segm/AP50", "bbox/AP", "cgF1", "false_alarms") if k in values
-        ]
-        self.say(f"step {step} validation: " + ", ".join(f"{k} {values[k]:.3f}" for k in shown))
+        self.say(f"step {step} validation: {summary_line(values)}")
 
     def picture(self, step: int, name: str, picture: Any, folder: Path) -> None:
         """A panel: PNG in the run folder and image in TensorBoard."""
@@ -107,15 +107,23 @@ class RunLog:
                 self._board.add_scalar(f"{split}/{name}", value, step)
 
 
-def _step(line: str) -> int | None:
-    """The step of a line; None for one that was cut off by a crash."""
+def _is_kept(line: str, last: Mapping[str, int]) -> bool:
+    """Whether a line is whole and of a step that need not run again."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return None
+        content = json.loads(line)
+        return content["step"] <= last[content["split"]]
+    except (ValueError, KeyError, TypeError):  # cut off by a crash
+        return False
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def summary_line(metrics: Mapping[str, float]) -> str:
+    """The few metrics that people look at first."""
+    first = ("segm/AP", "segm/AP50", "bbox/AP", "cgF1", "false_alarms")
+    shown = [k for k in first if k in metrics] or list(metrics)[:5]
+    return ", ".join(f"{k} {metrics[k]:.3f}" for k in shown)

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import optax
 
 from sam3jax.config import Config, OptimConfig
-from sam3jax.weights.trainable import Tree, decayed
+from sam3jax.training.rates import decayed
+from sam3jax.weights.tree import Tree
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Rate of update number n of `steps`: linear warm-up, then the schedule, then a cool-down to 0.
+    """Rate of update number n = 1 .. steps: linear warm-up, then the schedule, then a cool-down.
 
-    inverse_sqrt: base / sqrt((n + timescale - warmup) / timescale) behind the warm-up, as in
-    sam3.train.optim.schedulers.
+    cosine: base / 2 (1 + cos(pi (n - 1 - warmup) / (steps - warmup))) behind the warm-up, optax's
+    cosine_decay_schedule. inverse_sqrt: base / sqrt((n + timescale - warmup) / timescale) behind it;
+    cool-down: times (steps - n + 1) / cooldown at the end; both as in sam3.train.optim.schedulers.
+    Every update has a rate above 0.
     """
     base, warmup = config.learning_rate, config.warmup_steps
 
@@ -24,7 +27,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
         n = jnp.asarray(count, jnp.float32)
         value = jnp.full_like(n, base)
         if config.schedule == "cosine":
-            progress = jnp.clip((n - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+            progress = jnp.clip((n - 1 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
             value = base * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         elif config.schedule == "inverse_sqrt":
             shifted = (n + config.timescale - warmup) / config.timescale
@@ -32,22 +35,20 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
         if warmup:
             value = value * jnp.minimum(1.0, n / warmup)
         if config.cooldown_steps:
-            value = value * jnp.clip((steps - n) / config.cooldown_steps, 0.0, 1.0)
+            value = value * jnp.clip((steps - n + 1) / config.cooldown_steps, 0.0, 1.0)
         return value
 
     return rate
 
 
 def build_optimizer(config: Config, trainable: Tree, rates: Tree) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay, schedule times `rates` (trainable.multipliers).
+    """Clip, Adam, decoupled weight decay, schedule times `rates` (rates.multipliers).
 
-    Slots with rate 0 do not enter the gradient norm and never move. With `accumulate` gradients of
-    that many steps are averaged, and the schedule counts updates.
+    Slots with rate 0 do not enter the gradient norm and never move.
     """
     o = config.optim
-    updates = max(config.steps // o.accumulate, 1)
-    schedule = learning_rate(o, updates)
-    chain = optax.chain(
+    schedule = learning_rate(o, config.steps)
+    return optax.chain(
         _times(jax.tree.map(lambda r: (r > 0).astype(r.dtype), rates)),
         optax.clip_by_global_norm(o.clip_norm),
         optax.scale_by_adam(o.beta1, o.beta2),
@@ -56,10 +57,6 @@ def build_optimizer(config: Config, trainable: Tree, rates: Tree) -> optax.Gradi
         # Counted from 1: with a warm-up the first update would otherwise be lost.
         optax.scale_by_schedule(lambda n: -schedule(n + 1)),
     )
-    if o.accumulate > 1:
-        multi = optax.MultiSteps(chain, o.accumulate)
-        return optax.GradientTransformation(multi.init, multi.update)
-    return chain
 
 
 def _times(factors: Tree) -> optax.GradientTransformation:

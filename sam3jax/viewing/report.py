@@ -24,8 +24,8 @@ from PIL import Image
 from sam3jax.config import ConfigError, load_config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_datasets
-from sam3jax.data.pictures import DataError, open_rgb
-from sam3jax.doctor import describe
+from sam3jax.data.describe import describe
+from sam3jax.data.pictures import DataError
 from sam3jax.files import write_text
 from sam3jax.viewing import draw
 from sam3jax.viewing.page import PAGE
@@ -237,7 +237,7 @@ def _picture(
     if record is None:
         return ""
     try:
-        image = open_rgb(record.file, (record.width, record.height))
+        image = record.open()
     except DataError as error:
         return _note(str(error))
     names = dataset.categories

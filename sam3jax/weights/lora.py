@@ -11,9 +11,7 @@ the other blocks have scale 0, are never updated, and are not counted.
 from __future__ import annotations
 
 import fnmatch
-import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +19,8 @@ import numpy as np
 
 from sam3jax.config import ConfigError, LoraConfig, ModelConfig
 from sam3jax.weights.names import DEFAULT_PARTS, Entry, entries
-
-Tree = dict[str, Any]
-Path = tuple[str, ...]
+from sam3jax.weights.scope import DETECTION, Scope
+from sam3jax.weights.tree import Path, Tree, leaf, put
 
 
 def linear_layers(config: ModelConfig, parts: Iterable[str] = DEFAULT_PARTS) -> list[Entry]:
@@ -56,13 +53,13 @@ def init_lora(
     params: Tree,
     model: ModelConfig,
     config: LoraConfig,
-    parts: Iterable[str] = DEFAULT_PARTS,
+    scope: Scope = DETECTION,
 ) -> tuple[Tree, Tree]:
     """(lora, lora_scale): A uniform with variance 1 / (3 D), B zero, so that nothing changes yet.
 
     params: the tree of arrays or of shapes. Raises ConfigError for a pattern without a match.
     """
-    layers = linear_layers(model, parts)
+    layers = [e for e in linear_layers(model, scope.parts) if scope.covers(e)]
     chosen = select(config.targets, [e.layer for e in layers], "lora.targets")
     slots: dict[Path, list[tuple[int, ...]]] = {}
     for entry in layers:
@@ -97,15 +94,3 @@ def merge_lora(params: Tree, lora: Tree, lora_scale: Tree) -> Tree:
         return params | {k: fold(params[k], lora[k], scales[k]) for k in lora}
 
     return fold(params, lora, lora_scale)
-
-
-def leaf(tree: Mapping[str, Any], path: Path) -> Any:
-    """The value at a path."""
-    return functools.reduce(lambda node, key: node[key], path, tree)
-
-
-def put(tree: Tree, path: Path, value: Any) -> None:
-    """Set the value at a path, making what lies between."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

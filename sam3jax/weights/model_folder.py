@@ -33,6 +33,7 @@ from sam3jax.weights.tensor_file import (
     read_tensors,
     stream_tensors,
 )
+from sam3jax.weights.tree import flatten, put
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, CARRIED = "model.safetensors", "carried.safetensors"
@@ -142,18 +143,8 @@ def _parts(leaves: Mapping[tuple[str, ...], Tensor]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*DEFAULT_PARTS, *found)))
 
 
-def load_model_folder(
-    path: str | Path, *, dtype: Any = None, parts: Iterable[str] = DEFAULT_PARTS
-) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
-    """(config, params, tokenizer) of a model folder; numpy arrays, floats in `dtype` or as stored.
-
-    parts: which parts of the model become leaves (sam3jax.weights.names); those that the folder
-    carries under torch names are turned, others that it holds are left out.
-    Raises FileError where the folder is damaged, lacks a part, or holds no vocabulary for its text tower.
-    """
-    from sam3jax.weights.parts import live_parts
-
-    folder = open_model_folder(path)
+def load_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """The vocabulary of a model folder. Raises FileError where it holds none, or a larger one than its text tower."""
     if folder.tokenizer is None:
         raise FileError(
             f"{folder.path} has no {TOKENIZER}: convert again with --tokenizer FILE (CLIP's tokenizer.json or "
@@ -164,16 +155,40 @@ def load_model_folder(
         raise FileError(
             f"{folder.path}: the vocabulary has {tokenizer.vocab_size} tokens, the text tower {folder.config.vocab_size}"
         )
+    return tokenizer
+
+
+def load_params(
+    folder: ModelFolder, dtype: Any = None, parts: Iterable[str] = DEFAULT_PARTS
+) -> dict[str, Any]:
+    """The parameter tree of a model folder; numpy arrays, floats in `dtype` or as stored.
+
+    parts: which parts of the model become leaves (sam3jax.weights.names); those that the folder
+    carries under torch names are turned, others that it holds are left out.
+    Raises FileError where the folder lacks a part.
+    """
+    from sam3jax.weights.parts import live_parts
+
     params: dict[str, Any] = {}
     leaves = live_parts(folder.leaves, folder.carried, folder.config, parts, str(folder.path))
-    for leaf_path, tensor in leaves.items():
-        node = params
-        for part in leaf_path[:-1]:
-            node = node.setdefault(part, {})
+    for path, tensor in leaves.items():
         if dtype is not None and is_float(tensor.dtype):
             tensor = tensor.astype(dtype)
-        node[leaf_path[-1]] = read_named("/".join(leaf_path), tensor)
-    return folder.config, params, tokenizer
+        put(params, path, read_named("/".join(path), tensor))
+    return params
+
+
+def load_model_folder(
+    path: str | Path, *, dtype: Any = None, parts: Iterable[str] = DEFAULT_PARTS
+) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
+    """(config, params, tokenizer) of a model folder; numpy arrays, floats in `dtype` or as stored.
+
+    parts: as in `load_params`. Raises FileError where the folder is damaged, lacks a part, or holds no
+    vocabulary for its text tower.
+    """
+    folder = open_model_folder(path)
+    tokenizer = load_tokenizer(folder)
+    return folder.config, load_params(folder, dtype, parts), tokenizer
 
 
 def save_model_folder(
@@ -192,7 +207,7 @@ def save_model_folder(
     """
     path = Path(path)
     refuse_to_replace(path, NAMES if is_model_folder(path) else (), "model folder")
-    leaves = {"/".join(p): t for p, t in _leaves(params).items()}
+    leaves = {"/".join(p): t for p, t in _tensors(params).items()}
     rest = {
         name: t if isinstance(t, Tensor) else Tensor.of(np.asarray(t))
         for name, t in (carried or {}).items()
@@ -215,12 +230,11 @@ def save_model_folder(
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def _leaves(tree: Mapping[Any, Any], start: tuple[str, ...] = ()) -> dict[tuple[str, ...], Tensor]:
-    flat: dict[tuple[str, ...], Tensor] = {}
-    for key, value in tree.items():
-        path = (*start, *key) if isinstance(key, tuple) else (*start, key)
-        if isinstance(value, Mapping):
-            flat |= _leaves(value, path)
-        else:
-            flat[path] = value if isinstance(value, Tensor) else Tensor.of(np.asarray(value))
-    return flat
+def _tensors(tree: Mapping[Any, Any]) -> dict[tuple[str, ...], Tensor]:
+    """The leaves of a tree, or of {path: tensor}."""
+    by_path = {path: leaf for path, leaf in tree.items() if isinstance(path, tuple)}
+    by_path |= flatten({k: v for k, v in tree.items() if not isinstance(k, tuple)})
+    return {
+        path: leaf if isinstance(leaf, Tensor) else Tensor.of(np.asarray(leaf))
+        for path, leaf in by_path.items()
+    }

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from sam3jax.config import ClicksConfig
+from sam3jax.inference.click_rounds import evaluation_rounds
 from sam3jax.model import Interactive
-from sam3jax.tasks.click_rounds import evaluation_rounds, training_rounds
+from sam3jax.tasks.click_training import training_rounds
 from sam3jax.types import ClickBatch
+from sam3jax.weights.tree import flatten
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sam3")
 from convert import to_flax
-from convert.weights import flatten
 from tests import click_reference
 from tests import torch_reference as base
 from tests import tracker_reference as reference
@@ -40,6 +41,7 @@ def batch_of(models) -> ClickBatch:
         points=np.zeros((PICTURES, OBJECTS, 0, 2), np.float32),
         labels=np.zeros((PICTURES, OBJECTS, 0), np.int32),
         image_valid=np.ones(PICTURES, bool), image_id=np.array([7, 3], np.int32),
+        luck=np.array([7, 3], np.uint32),
     )  # fmt: skip
 
 

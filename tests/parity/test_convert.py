@@ -14,11 +14,11 @@ import jax
 from convert.__main__ import main
 from sam3jax.config import parse_config
 from sam3jax.model import Sam3
-from sam3jax.training.optim import build_optimizer
-from sam3jax.training.step import init_state
-from sam3jax.weights import checkpoints as checkpoint
+from sam3jax.weights.base import open_base
+from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.model_folder import load_model_folder, open_model_folder
-from sam3jax.weights.trainable import merge, multipliers
+from sam3jax.weights.run_folder import open_run_folder
+from sam3jax.weights.trainable import merge, start
 from tests import torch_reference as reference
 from tests.bridge import inputs, model_config
 from tests.bridge import published as as_published
@@ -248,16 +248,15 @@ def small_vocabulary(detector):
 def run_folder(path: Path, base: Path, **settings) -> dict:
     """A run folder as the trainer leaves it, what it trains moved at random; returns the variables."""
     config = parse_config({"init": str(base), "output": str(path), "steps": 1, **settings})
-    started = checkpoint.load_base(config)
-    trainable, frozen = checkpoint.start(started)
+    started = open_base(config)
+    weights = started.load()
+    trainable, frozen = start(weights.params, started.config)
     rng = np.random.default_rng(8)
     moved = lambda x: np.asarray(x) + 0.05 * rng.normal(size=x.shape).astype(np.float32)
     trainable = jax.tree.map(moved, trainable)
-    rates = multipliers(trainable, frozen, started.config)
-    optimizer = build_optimizer(started.config, trainable, rates)
-    checkpoint.open_run_folder(started)
-    saved = checkpoint.Checkpoints(path, started.config)
-    saved.save(init_state(trainable, optimizer, False), {}, None)
+    open_run_folder(started.config, weights.fingerprint)
+    saved = Checkpoints(path, keep=1)
+    saved.save(0, trainable, {"step": np.array(0)}, {"base": weights.fingerprint})
     saved.close()
     return merge(trainable, frozen)
 

@@ -109,7 +109,7 @@ def test_random_options_cover_every_option():
     drawn = [random_options(seed).model_dump() for seed in range(RANDOM)]
     fixed = {k for k in drawn[0] if len({str(d[k]) for d in drawn}) == 1}
     sampling = {"num_sample_points", "oversample_ratio", "importance_sample_ratio"}  # tested below
-    assert fixed == {"preset", "mask_pairs"} | sampling
+    assert fixed == {"preset", "mask_pairs", "normalize_by_stage_num"} | sampling  # one stage here
 
 
 def test_published_boxes_preset_has_no_mask_terms_and_equals_torch():

@@ -1,5 +1,7 @@
 """Every module of the detector, fed what the torch module was fed, gives what it gave."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from sam3jax.model import Sam3
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("sam3")
 from tests import bridge
 from tests import torch_reference as reference
@@ -150,8 +152,22 @@ def test_scoring(case):
     assert relative(got, array(want)[..., 0]) < TOLERANCE
 
 
+def in_double(x):
+    """Torch arguments, however nested, in float64."""
+    if isinstance(x, torch.Tensor):
+        return x.double() if x.is_floating_point() else x
+    if isinstance(x, list | tuple):
+        return type(x)(in_double(part) for part in x)
+    return {k: in_double(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
 def test_pixel_decoder_and_segmentation_head(case):
-    args, kwargs, want = case.inside["segmentation_head"]
+    """Against torch in float64: its own float32 rounding is as large as ours (8e-6 and 7e-6), and on some
+    processors the two together pass the tolerance."""
+    args, kwargs, _ = case.inside["segmentation_head"]
+    with torch.no_grad():
+        exact = copy.deepcopy(case.torch.segmentation_head).double()
+        want = exact(*in_double(args), **in_double(kwargs))
     names = (
         "backbone_feats",
         "obj_queries",

@@ -1,8 +1,6 @@
-"""From the detector's outputs to scored boxes and masks at the picture's own size.
+"""On the host: candidates become detections at the picture's own size.
 
-One path for validation, `evaluate` and `predict`: `top_candidates` runs on the device with static
-shapes, `full_size` brings what it kept back to the picture. Answers to sam3/eval/postprocessors.py
-(PostProcessImage) and sam3/model/sam3_image_processor.py.
+One path for validation, `evaluate` and `predict`.
 """
 
 from __future__ import annotations
@@ -16,29 +14,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax import lax
 from pycocotools import mask as coco_mask
 
-from sam3jax.model import draw_masks
-from sam3jax.types import Outputs
+from sam3jax.inference.candidates import Candidates, logit
 
 _MASKS_AT_ONCE = 8
 _PIXELS_AT_ONCE = 1 << 22  # bounds memory whatever the picture's size: 16 MB of float32
-
-
-@struct.dataclass
-class Candidates:
-    """The K strongest queries of each of B pairs, strongest first.
-
-    scores [B, K] in 0..1; boxes [B, K, 4]; mask_logits [B, K, Y', X'], at the model's mask size;
-    keep [B, K] bool, False where mask NMS dropped the query.
-    """
-
-    scores: jax.Array
-    boxes: jax.Array
-    mask_logits: jax.Array
-    keep: jax.Array
 
 
 @dataclass(frozen=True)
@@ -90,47 +71,17 @@ class Detections:
         return results
 
 
-def scores(outputs: Outputs) -> jax.Array:
-    """[B, Q]: sigmoid(logit) * sigmoid(presence) of the last decoder layer."""
-    presence = jax.nn.sigmoid(outputs.presence_logits[-1].astype(jnp.float32))  # [B]
-    return jax.nn.sigmoid(outputs.o2o.logits[-1].astype(jnp.float32)) * presence[:, None]
+def fetch(candidates: Candidates, floor: float) -> Candidates:
+    """Candidates on the host; masks only of as many queries as have a score above `floor`.
 
-
-def top_candidates(
-    outputs: Outputs, *, limit: int, nms: float | None = None, mask_threshold: float = 0.5
-) -> Candidates:
-    """The `limit` strongest queries of each pair (all of them where there are fewer), with masks.
-
-    Masks are drawn for these only. `nms`: mask IoU, at the model's mask size, above which the
-    weaker of two is not kept; None keeps all.
+    The strongest come first, so scores are read before a mask is moved. The number is rounded up to a
+    power of two: few programs are compiled.
     """
-    ranked, query = lax.top_k(scores(outputs), min(limit, outputs.o2o.logits.shape[-1]))  # [B, K]
-    boxes = jnp.take_along_axis(outputs.o2o.boxes[-1], query[..., None], axis=1)
-    embed = jnp.take_along_axis(outputs.o2o.mask_embed, query[..., None], axis=1)  # [B, K, D]
-    mask_logits = draw_masks(embed, outputs.pixel_embed)  # [B, K, Y', X']
-    keep = jnp.ones(ranked.shape, bool)
-    if nms is not None:
-        keep = mask_nms(mask_logits > logit(mask_threshold), nms)
-    return Candidates(ranked, boxes.astype(jnp.float32), mask_logits, keep)
-
-
-def mask_nms(masks: jax.Array, threshold: float) -> jax.Array:
-    """Greedy non-maximum suppression: masks [B, K, Y, X] bool, strongest first -> keep [B, K]."""
-
-    def of_one_pair(mask: jax.Array) -> jax.Array:
-        flat = mask.reshape(mask.shape[0], -1).astype(jnp.float32)
-        both = flat @ flat.T  # [K, K], exact below 2^24 pixels
-        area = jnp.diagonal(both)
-        union = area[:, None] + area[None] - both
-        rival = both > threshold * union  # two empty masks are no rivals: 0 > 0 is False
-        order = jnp.arange(mask.shape[0])
-
-        def step(k: jax.Array, keep: jax.Array) -> jax.Array:
-            return keep.at[k].set(~jnp.any(keep & rival[k] & (order < k)))
-
-        return lax.fori_loop(0, mask.shape[0], step, jnp.ones_like(area, bool))
-
-    return lax.map(of_one_pair, masks)
+    scores, keep, boxes = jax.device_get((candidates.scores, candidates.keep, candidates.boxes))
+    most = int(np.flatnonzero(((scores > floor) & keep).any(0)).max(initial=-1)) + 1
+    wanted = min(1 << (most - 1).bit_length(), scores.shape[1]) if most else 0
+    masks = jax.device_get(candidates.mask_logits[:, :wanted])
+    return Candidates(scores[:, :wanted], boxes[:, :wanted], masks, keep[:, :wanted])
 
 
 def full_size(
@@ -178,10 +129,6 @@ def enlarge_masks(
         chunk = np.pad(chunk, ((0, _MASKS_AT_ONCE - count), (0, 0), (0, 0)), mode="edge")
         rle += _enlarge_chunk(chunk, cutoff, height, width)[:count]
     return rle
-
-
-def logit(probability: float) -> float:
-    return math.log(probability / (1 - probability))
 
 
 def _enlarge_chunk(

@@ -1,0 +1,178 @@
+"""Batches of clips: numpy arrays with static shapes, frames on the axis of images, clip by clip.
+
+As in `loader`, a batch is a function of its number alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from sam3jax.config import Config
+from sam3jax.data import transforms
+from sam3jax.data.clips import (
+    Clip,
+    Sampling,
+    clip_shapes,
+    draw_clip,
+    phrases_of_videos,
+    questions_of_clip,
+)
+from sam3jax.data.examples import (
+    Arrays,
+    empty_row,
+    move_instance,
+    put_instance,
+    put_question,
+    stack,
+    to_prompts,
+    to_targets,
+)
+from sam3jax.data.loader import TrainLoader
+from sam3jax.data.pictures import DataError
+from sam3jax.data.prompts import Question, Shapes
+from sam3jax.data.streams import ENDLESS, Opaque, local_size, run_ahead
+from sam3jax.data.videos import VideoDataset
+from sam3jax.types import ClipBatch
+
+NO_OBJECT = -1  # object_id of a row of `boxes` and `masks` that holds nothing
+
+
+def make_clip_loader(
+    dataset: VideoDataset,
+    phrases: tuple[str, ...],
+    tokens: np.ndarray,
+    config: Config,
+    sampling: Sampling,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainLoader:
+    """Shuffled, augmented batches of config.batch_size frames, this process's clips of them.
+
+    phrases: of the run; tokens [V, N], a row for each. Raises DataError.
+    """
+    if config.batch_size % sampling.frames:
+        raise DataError(
+            f"batch_size counts frames, and {config.batch_size} are no whole number of clips of "
+            f"{sampling.frames}: use a multiple of clips.frames"
+        )
+    clips = config.batch_size // sampling.frames
+    local = local_size(clips, process_count, "batch_size / clips.frames")
+    order = grain.MapDataset.range(len(dataset.videos)).seed(config.seed).shuffle().repeat()
+    batch_of = Opaque(
+        _clip_batch,
+        dataset=dataset,
+        names=phrases_of_videos(dataset),
+        order=order,
+        text_ids={phrase: k for k, phrase in enumerate(phrases)},
+        config=config,
+        sampling=sampling,
+        shapes=clip_shapes(dataset, config.data, sampling),
+        stride=clips,
+        offset=process_index * local,
+        local=local,
+    )
+    identity = {"videos": len(dataset.videos), "frames": sampling.frames, "seed": config.seed}
+
+    def stream(start: int) -> Iterator[ClipBatch]:
+        for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
+            yield clip_batch(arrays, tokens)
+
+    return TrainLoader(stream, config.batch_size, identity)
+
+
+def clip_arrays(
+    clip: Clip,
+    questions: list[Question],
+    objects: list[int],
+    text_ids: dict[str, int],
+    shapes: Shapes,
+    *,
+    number: int = 0,
+    masks: bool = True,
+) -> Arrays:
+    """The F rows of one clip. An object has the same row of `boxes` and `masks` in all frames.
+
+    objects: the id of each object that `Question.targets` counts; number: of the clip in its batch.
+    """
+    asked = list(dict.fromkeys(k for q in questions for k in q.targets))[: shapes.instances]
+    slots = {k: slot for slot, k in enumerate(asked)}
+    kinds = {k: q.category_id for q in questions for k in q.targets}
+    rows = []
+    for step, (frame, transform) in enumerate(zip(clip.frames, clip.transforms, strict=True)):
+        out = empty_row(shapes, transform) | {
+            "images": transforms.move_picture(transform, clip.video.frames[frame]),
+            "object_id": np.full(shapes.instances, NO_OBJECT, np.int32),
+            "clip": np.int32(number),
+            "frame": np.int32(frame),
+            "stage": np.int32(step),
+        }
+        here = {(a.id, a.category_id): a for a in clip.video.labels[frame].annotations}
+        there: dict[int, int] = {}
+        for k, slot in slots.items():
+            out["object_id"][slot] = objects[k]
+            annotation = here.get((objects[k], kinds[k]))
+            if annotation is None:
+                continue
+            moved = move_instance(annotation, clip.video, transform, masks)
+            if moved is not None:
+                there[k] = slot
+                put_instance(out, slot, moved)
+        for p, question in enumerate(questions):
+            put_question(out, p, question, there, text_ids)
+        rows.append(out)
+    return stack(rows)
+
+
+def clip_batch(arrays: Arrays, tokens: np.ndarray) -> ClipBatch:
+    """Rows of clips, one after the other -> the record that the step takes."""
+    frames = len(arrays["images"])
+    return ClipBatch(
+        images=arrays["images"],
+        tokens=np.asarray(tokens, np.int32),
+        prompts=to_prompts(arrays),
+        targets=to_targets(arrays),
+        image_valid=np.ones(frames, bool),
+        image_id=arrays["frame"],
+        clip=arrays["clip"],
+        frame=arrays["frame"],
+        stage=arrays["stage"],
+        object_id=arrays["object_id"],
+    )
+
+
+def _clip_batch(
+    number: int,
+    *,
+    dataset: VideoDataset,
+    names: dict[int, str],
+    order: grain.MapDataset,
+    text_ids: dict[str, int],
+    config: Config,
+    sampling: Sampling,
+    shapes: Shapes,
+    stride: int,
+    offset: int,
+    local: int,
+) -> Arrays:
+    clips = []
+    for place in range(offset, offset + local):
+        position = number * stride + place
+        epoch, row = position // len(dataset.videos), int(order[position])
+        rng = np.random.default_rng((config.seed, epoch, row, 1))
+        size = config.model.image_size
+        clip = draw_clip(dataset.videos[row], size, config.data, sampling, rng)
+        questions, objects = questions_of_clip(
+            clip, names, config.data, sampling,
+            targets=shapes.targets, seed=config.seed, epoch=epoch, row=row,
+        )  # fmt: skip
+        clips.append(
+            clip_arrays(
+                clip, questions, objects, text_ids, shapes,
+                number=place, masks=config.loss.reads_masks,
+            )
+        )  # fmt: skip
+    return {key: np.concatenate([c[key] for c in clips]) for key in clips[0]}

@@ -1,0 +1,108 @@
+"""Other formats -> a COCO folder in Roboflow's layout: OUT/train/_annotations.coco.json, ...
+
+Each reader yields `Picture`s; the writer here is the same for all of them. Nothing is left out without
+a line that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sam3jax.data.importers import cvat, labelme, masks, voc, yolo
+from sam3jax.data.importers.picture import Instance, Picture
+from sam3jax.data.ledger import DataError, Ledger
+
+Reader = Callable[[Path, Ledger], Iterable[Picture]]
+
+READERS: dict[str, Reader] = {
+    "yolo": yolo.read,
+    "voc": voc.read,
+    "labelme": labelme.read,
+    "cvat": cvat.read,
+    "masks": masks.read,
+}
+FORMATS = tuple(READERS)
+
+
+def import_dataset(kind: str, root: Path, out: Path) -> Iterator[str]:
+    """Convert `root`, of a format of FORMATS, into the new folder `out`; yields lines that say what was
+    done. Raises DataError."""
+    if not root.is_dir():
+        raise DataError(f"no folder {root}: give the folder of the {kind} data")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists already: give --out a new folder")
+    ledger = Ledger()
+    splits: dict[str, list[Picture]] = {}
+    for picture in READERS[kind](root, ledger):
+        splits.setdefault(picture.split, []).append(picture)
+    if not any(picture.instances for pictures in splits.values() for picture in pictures):
+        raise DataError(
+            f"{root}: no annotation found as {kind}; is it another format ({', '.join(FORMATS)})?"
+        )
+    names = sorted({i.label for found in splits.values() for p in found for i in p.instances})
+    for split, pictures in splits.items():
+        folder = out / split
+        folder.mkdir(parents=True)
+        coco = _coco(pictures, names, folder)
+        (folder / "_annotations.coco.json").write_text(json.dumps(coco), encoding="utf-8")
+        yield (
+            f"{split}: {len(coco['images'])} pictures, {len(coco['annotations'])} annotations, "
+            f"{len(names)} categories -> {folder}"
+        )
+    for sentence, count in ledger.items():
+        examples = ledger.examples(sentence)
+        yield f"{count:>7} x {sentence}{f' ({examples})' if examples else ''}"
+
+
+def _coco(pictures: list[Picture], names: list[str], folder: Path) -> dict[str, Any]:
+    numbers = {name: number for number, name in enumerate(names, 1)}
+    images, annotations = [], []
+    taken: set[str] = set()
+    for picture in pictures:
+        name = _free_name(picture.file, taken)
+        _link(picture.file, folder / name)
+        image = {"id": len(images) + 1, "file_name": name, "width": picture.width, "height": picture.height}  # fmt: skip
+        images.append(image)
+        for instance in picture.instances:
+            annotations.append(_annotation(instance, len(annotations) + 1, image["id"], numbers))
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for name, number in numbers.items()],
+    }
+
+
+def _annotation(
+    instance: Instance, id: int, image_id: int, numbers: dict[str, int]
+) -> dict[str, Any]:
+    left, top, width, height = instance.bounds()
+    return {
+        "id": id,
+        "image_id": image_id,
+        "category_id": numbers[instance.label],
+        "bbox": [left, top, width, height],
+        "area": width * height if instance.area is None else instance.area,
+        "iscrowd": 0,
+        "segmentation": instance.rle or [list(polygon) for polygon in instance.polygons],
+    }
+
+
+def _free_name(file: Path, taken: set[str]) -> str:
+    name, parents = file.name, list(file.parts[:-1])
+    while name.lower() in taken and parents:
+        name = f"{parents.pop()}_{name}"
+    taken.add(name.lower())
+    return name
+
+
+def _link(source: Path, target: Path) -> None:
+    """The picture at a second place: no second copy of the bytes where the disk allows it."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)

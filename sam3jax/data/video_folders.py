@@ -1,0 +1,45 @@
+"""Which files make up a data set of videos.
+
+YT-VIS JSON, SA-Co's video JSON     one JSON beside JPEGImages/ (or the frames' folders)
+DAVIS, MOSE, YouTube-VOS            JPEGImages/VIDEO/*.jpg, Annotations/VIDEO/*.png
+SA-V                                FILM_manual.json beside FILM.mp4, or one folder of masks an object
+MOT                                 VIDEO/img1/*.jpg, VIDEO/gt/gt.txt: boxes only
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sam3jax.data import video_json, video_masks
+from sam3jax.data.pictures import DataError
+from sam3jax.data.videos import VideoDataset
+
+
+def read_videos(path: str | Path, split: str | None = None) -> VideoDataset:
+    """A data set in whichever of the formats above lies at `path` (or at path/split).
+
+    Raises DataError naming what was looked for.
+    """
+    root = Path(path).expanduser()
+    if split is not None and (root / split).is_dir():
+        root = root / split
+    if not root.exists():
+        raise DataError(f"no videos at {root}: check the path (data.train, data.valid)")
+    if root.is_file():
+        return video_json.read_json(root, split)
+    if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
+        return video_masks.read_masks(root, split)
+    if found := video_masks.mot_folders(root):
+        return video_masks.read_mot(root, found)
+    if list(root.glob("*_manual.json")):
+        return video_json.read_sav(root)
+    files = sorted(root.glob("*.json"))
+    if len(files) > 1 and split is not None:
+        files = [f for f in files if split in f.stem]
+    if len(files) == 1:
+        return video_json.read_json(files[0], split)
+    raise DataError(
+        f"no annotated videos in {root}: expected one JSON with `videos` (YT-VIS), JPEGImages/ with "
+        f"Annotations/ (DAVIS, MOSE, YouTube-VOS), *_manual.json beside films (SA-V), or "
+        f"VIDEO/img1 with VIDEO/gt/gt.txt (MOT)"
+    )

@@ -1,0 +1,164 @@
+"""Ask a model every question of a data set, on all devices of all processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from sam3jax.config import EvalConfig
+from sam3jax.data.coco import Dataset
+from sam3jax.data.loader import EvalBatch, make_eval_loader
+from sam3jax.data.prompts import tokenize, vocabulary
+from sam3jax.evaluation.ground_truth import Pair
+from sam3jax.evaluation.metrics import Evaluation, measure
+from sam3jax.evaluation.processes import of_all_processes
+from sam3jax.inference.candidates import Candidates
+from sam3jax.inference.detector import BatchDetector, Detector, Variables
+from sam3jax.inference.full_size import fetch, full_size
+from sam3jax.types import TextFeatures
+from sam3jax.weights.run_folder import Run
+
+
+def evaluate_dataset(
+    detector: Detector,
+    variables: Variables,
+    loader: Iterable[EvalBatch],
+    dataset: Dataset,
+    config: EvalConfig,
+    *,
+    batches: int | None = None,
+    text: TextFeatures | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Ask a model every question of the loader and measure its answers against the data set.
+
+    detector: `Detector(model, config, limit=detections_to_keep(dataset, config))`, made once.
+    batches: look at no more than these; only what was asked is counted. text: the encoded phrases of the
+    loader's batches, where they are known. thresholds: score of each category from which a detection
+    counts, instead of config.threshold. advance: called per batch.
+    """
+    predictions: list[dict[str, Any]] = []
+    asked: set[Pair] = set()
+    for pairs, found in predict_dataset(
+        detector, variables, loader, dataset, config, batches, text
+    ):
+        asked |= pairs
+        predictions += found
+        advance()
+    asked, predictions = _of_all_processes(asked, predictions)
+    return measure(
+        dataset, predictions, threshold=config.threshold, thresholds=thresholds, asked=asked
+    )
+
+
+def predict_dataset(
+    detector: Detector,
+    variables: Variables,
+    loader: Iterable[EvalBatch],
+    dataset: Dataset,
+    config: EvalConfig,
+    batches: int | None = None,
+    text: TextFeatures | None = None,
+) -> Iterator[tuple[set[Pair], list[dict[str, Any]]]]:
+    """For each batch what was asked, and the COCO results at the pictures' own size.
+
+    The device works on the next batch while this one's masks are enlarged.
+    """
+    run = BatchDetector(detector, variables, text)
+    waiting: tuple[EvalBatch, Candidates] | None = None
+    for number, batch in enumerate(loader):
+        if batches is not None and number >= batches:
+            break
+        running = (batch, run(batch.batch))
+        if waiting is not None:
+            yield _results(*waiting, dataset, config)
+        waiting = running
+    if waiting is not None:
+        yield _results(*waiting, dataset, config)
+
+
+def detections_to_keep(dataset: Dataset, config: EvalConfig) -> int:
+    """Detections per picture and phrase: config.max_detections, or more where the data have more."""
+    most = config.max_detections
+    for image in dataset.images:
+        instances = Counter(a.category_id for a in image.annotations if not a.iscrowd)
+        most = max(most, *instances.values(), 0)
+    return most
+
+
+def _results(
+    batch: EvalBatch, candidates: Candidates, dataset: Dataset, config: EvalConfig
+) -> tuple[set[Pair], list[dict[str, Any]]]:
+    candidates = fetch(candidates, config.score_floor)
+    prompts = batch.category_ids.shape[1]
+    rows, columns = np.nonzero(batch.batch.prompts.valid & batch.batch.image_valid[:, None])
+    asked, results = set(), []
+    for row, column in zip(rows.tolist(), columns.tolist()):
+        image = dataset.images[batch.batch.image_id[row]]
+        category = int(batch.category_ids[row, column])
+        found = full_size(
+            candidates,
+            row * prompts + column,
+            image.height,
+            image.width,
+            floor=config.score_floor,
+            mask_threshold=config.mask_threshold,
+        )
+        asked.add((image.id, category))
+        results += found.to_coco(image.id, category)
+    return asked, results
+
+
+def _of_all_processes(
+    asked: set[Pair], predictions: list[dict[str, Any]]
+) -> tuple[set[Pair], list[dict[str, Any]]]:
+    """Every process asks about its own pictures; afterwards each knows all answers."""
+    everything = of_all_processes([sorted(asked, key=str), predictions])
+    asked = {(image, category) for pairs, _ in everything for image, category in pairs}
+    return asked, [result for _, results in everything for result in results]
+
+
+def evaluate_run(
+    run: Run, detector: Detector, dataset: Dataset, *, base: bool = False
+) -> Evaluation:
+    """A run's tuned weights, or those it started from, on a data set. Raises DataError.
+
+    detector: of the run's model, with room for `detections_to_keep`; shared between calls, so that the
+    model is compiled once.
+    """
+    config = run.config
+    phrases = vocabulary(config.data, dataset)
+    tokens = tokenize(phrases, run.tokenizer)
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    size = config.evaluation.batch_size * detector.mesh.size * process["process_count"]
+    loader = make_eval_loader(
+        dataset, phrases, tokens, config, targets=False, batch_size=size, **process
+    )
+    variables = run.base_variables if base else run.variables
+    with progress(f"{'base' if base else 'tuned'} on {dataset.name}", len(loader)) as advance:
+        return evaluate_dataset(
+            detector, variables, loader, dataset, config.evaluation, advance=advance
+        )
+
+
+class progress:
+    """A progress bar on stderr that stays away from logs."""
+
+    def __init__(self, title: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(title, total=total)
+
+    def __enter__(self) -> Callable[[], None]:
+        self._bar.start()
+        return lambda: self._bar.advance(self._task)
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()

@@ -1,0 +1,162 @@
+"""Detection: find, box and mask every instance of a phrase in a picture. SAM 3's published training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+
+from sam3jax.config import Config
+from sam3jax.data.coco import Dataset
+from sam3jax.data.datasets import open_datasets
+from sam3jax.data.describe import describe
+from sam3jax.data.loader import TrainLoader, make_eval_loader, make_train_loader
+from sam3jax.data.prompts import balance, tokenize, vocabulary
+from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.evaluation.ask import detections_to_keep, evaluate_dataset
+from sam3jax.evaluation.comparison import write_evaluation
+from sam3jax.inference.detector import Detector, encode_text
+from sam3jax.losses.detection import breakdown, loss_shares, with_f1
+from sam3jax.losses.totals import Totals, count_totals
+from sam3jax.model import Sam3
+from sam3jax.tasks.validated import Validated
+from sam3jax.types import AXIS, Batch, Outputs, TextFeatures
+from sam3jax.viewing.draw import dataset_panel
+from sam3jax.weights.trainable import merge, touches, without_text_tower
+from sam3jax.weights.tree import Tree
+
+
+class DetectionData(NamedTuple):
+    """valid: None without a validation split. phrases: of both; tokens [V, N], a row for each."""
+
+    train: Dataset
+    valid: Dataset | None
+    phrases: tuple[str, ...]
+    tokens: np.ndarray
+
+
+class Detection:
+    """The task `detect`; see `tasks.Task` for what each method is for."""
+
+    parts = ("detector",)
+    # Pictures and what belongs to them are split over devices; the phrases are everywhere.
+    batch_spec = Batch(
+        images=P(AXIS), tokens=P(), prompts=P(AXIS), targets=P(AXIS), image_valid=P(AXIS), image_id=P(AXIS)
+    )  # fmt: skip
+    best_by = ("segm/AP", "bbox/AP")
+
+    def __init__(self, config: Config, backend: str | None = None) -> None:
+        self.config = config
+        self.model = Sam3(config.model, train=True, backend=backend)
+        self.asked = Sam3(config.model, backend=backend)
+
+    def open(self, tokenizer: Tokenizer) -> DetectionData:
+        train, valid = open_datasets(self.config)
+        phrases = vocabulary(self.config.data, *filter(None, (train, valid)))
+        return DetectionData(train, valid, phrases, tokenize(phrases, tokenizer))
+
+    def describe(self, data: DetectionData) -> Iterator[str]:
+        yield from describe(data.train, self.config.model.queries)
+        yield balance(data.train, self.config.data, self.config.seed)
+
+    def loader(self, data: DetectionData, **process: int) -> TrainLoader:
+        return make_train_loader(data.train, data.phrases, data.tokens, self.config, **process)
+
+    def prepare(
+        self, trainable: Tree, frozen: Tree, data: DetectionData
+    ) -> tuple[TextFeatures | None, Tree]:
+        """The phrases encoded once. A trained text tower encodes them in each step instead."""
+        if touches(trainable, "text_encoder"):
+            return None, frozen
+        text = encode_text(self.asked, merge(trainable, frozen), data.tokens)
+        return text, without_text_tower(frozen)
+
+    def count(self, batch: Batch) -> Totals:
+        edge = 4 * self.config.model.grid
+        return count_totals(
+            batch.targets, _asked(batch), self.config.loss, prediction_size=(edge, edge), axis_names=(AXIS,)
+        )  # fmt: skip
+
+    def loss(
+        self,
+        variables: Tree,
+        prepared: TextFeatures | None,
+        batch: Batch,
+        totals: Totals,
+        key: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        outputs = forward(self.model, variables, prepared, batch, key)
+        return loss_shares(
+            outputs, batch.targets, _asked(batch), self.config.loss, totals,
+            axis_names=(AXIS,), point_rng=jax.random.fold_in(key, 1),
+        )  # fmt: skip
+
+    def metrics(self, terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        parts = breakdown(terms, self.config.loss)
+        named = {f"loss/{name}": value for name, value in parts.items()}
+        return {**with_f1(terms), **named, "loss": terms["core_loss"]}
+
+    def validation(
+        self, data: DetectionData, mesh: Mesh, **process: int
+    ) -> Callable[[Tree, TextFeatures | None], Validated] | None:
+        if data.valid is None:
+            return None
+        dataset, e = data.valid, self.config.evaluation
+        detector = Detector(self.asked, e, mesh, limit=detections_to_keep(dataset, e))
+        size = e.batch_size * mesh.size * process.get("process_count", 1)
+        loader = make_eval_loader(
+            dataset, data.phrases, data.tokens, self.config, targets=False, batch_size=size, **process
+        )  # fmt: skip
+
+        def validate(variables: Tree, prepared: TextFeatures | None) -> Validated:
+            found = evaluate_dataset(
+                detector, variables, loader, dataset, e, batches=e.batches, text=prepared
+            )
+
+            def panels() -> Iterator[tuple[str, Image.Image]]:
+                seen = {p["image_id"] for p in found.predictions}
+                records = [r for r in dataset.images if r.id in seen or e.batches is None]
+                for row, record in enumerate(records[: e.panels]):
+                    panel = dataset_panel(
+                        record, found.predictions, dataset.categories, threshold=e.threshold
+                    )
+                    yield f"{row}", panel
+
+            def write(folder: Path, base: Validated | None, about: Mapping[str, Any]) -> None:
+                before = None if base is None else base.found
+                about = {**about, "threshold": e.threshold}
+                write_evaluation(folder, dataset, found, before, about=about)
+
+            return Validated(found.metrics, panels, write, found.thresholds, found)
+
+        return validate
+
+
+def forward(
+    model: Sam3, variables: Tree, text: TextFeatures | None, batch: Batch, key: jax.Array
+) -> Outputs:
+    """The detector on a batch; phrases encoded here if `text` is None, each at most once."""
+    rngs = {"dropout": key}
+    prompts = batch.prompts
+    if text is None:
+        tokens = batch.tokens
+        if prompts.text_id.size < len(tokens):
+            # A large vocabulary: only the phrases that this batch asks.
+            tokens = tokens[prompts.text_id.reshape(-1)]
+            rows = jnp.arange(prompts.text_id.size).reshape(prompts.text_id.shape)
+            prompts = prompts.replace(text_id=rows)
+        text = model.apply(variables, tokens, method="encode_text", rngs=rngs)
+    image = model.apply(variables, batch.images, method="encode_image", rngs=rngs)
+    return model.apply(variables, image, text, prompts, method="detect", rngs=rngs)
+
+
+def _asked(batch: Batch) -> jax.Array:
+    """[I, P]: the prompts that count."""
+    return batch.prompts.valid & batch.image_valid[:, None]

@@ -1,0 +1,139 @@
+"""A run folder: opened to be asked, or to be continued. It holds what was trained, not its base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sam3jax.config import Config, ConfigError, dump_config, load_config
+from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.files import make_folder, write_text
+from sam3jax.model import Sam3
+from sam3jax.weights.base import Base, open_base
+from sam3jax.weights.checkpoints import Checkpoints, newest_about
+from sam3jax.weights.trainable import merge, start
+from sam3jax.weights.tree import Tree, dotted
+
+CONFIG = "config.yaml"
+# What a run may change when it continues; anything else would make it another run.
+MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "keep", "evaluation", "output", "resume"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder in memory, with the weights of one checkpoint.
+
+    variables: tuned; base_variables: where it began; step: of `variables`. thresholds: phrase -> score
+    chosen when they were validated. trained: what the checkpoint holds of `variables`;
+    base_fingerprint: of the weights below.
+    """
+
+    path: Path
+    config: Config
+    model: Sam3
+    variables: Tree
+    base_variables: Tree
+    tokenizer: Tokenizer
+    step: int
+    thresholds: dict[str, float]
+    trained: Tree
+    base_fingerprint: str
+
+
+def open_run_base(path: str | Path) -> Base:
+    """Sizes and vocabulary of a run, nothing big read. Raises ConfigError where the folder is no run."""
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        raise ConfigError(
+            f"{path} is no run folder: expected {CONFIG}, written by python -m sam3jax.train"
+        )
+    newest_about(Path(path))  # a run of version 0.1 is refused for what it is, not for its settings
+    return open_base(load_config(file))
+
+
+def read_run(path: str | Path, *, step: int | None = None) -> Run:
+    """A run with the weights of its best checkpoint (the newest where none was validated), on the host.
+
+    Raises ConfigError where the folder is no run, has no checkpoint, or its base is gone.
+    """
+    path = Path(path)
+    base = open_run_base(path)
+    config = base.config
+    checkpoints = Checkpoints(path)
+    try:
+        step = step if step is not None else checkpoints.best()
+        if step is None:
+            raise ConfigError(f"{path} has no checkpoint yet: train it, or give another run")
+        weights = base.load()
+        check_base(path, config, checkpoints.about(step)["base"], weights.fingerprint)
+        trainable, frozen = start(weights.params, config)
+        trained = checkpoints.weights(step, trainable)
+        validation = checkpoints.validation(step) or {}
+    finally:
+        checkpoints.close()
+    own = {"params": trainable.get("params", {})}
+    return Run(
+        path=path, config=config, model=Sam3(config.model), variables=merge(trained, frozen),
+        base_variables={"params": merge(own, frozen)["params"]}, tokenizer=base.tokenizer, step=step,
+        thresholds=validation.get("thresholds", {}), trained=trained, base_fingerprint=weights.fingerprint,
+    )  # fmt: skip
+
+
+def check_base(path: Path, config: Config, began: str, found: str) -> None:
+    """Raises ConfigError where `init` no longer holds the weights that the run started from."""
+    if began != found:
+        raise ConfigError(
+            f"{path} was trained from other weights than {config.init} holds now (fingerprint {began} in its "
+            f"checkpoints, found {found}): put those back, or train again into another output"
+        )
+
+
+def open_run_folder(config: Config, fingerprint: str) -> Path:
+    """Make the run folder, or check that the one there may be continued with these base weights.
+
+    The first process does; the others wait for its word. Raises ConfigError where the folder holds a
+    run that `config` does not continue, FileError where it cannot be written to.
+    """
+    path, wrong = Path(config.output), None
+    if jax.process_index() == 0:
+        try:
+            _open_run_folder(path, config, fingerprint)
+        except ValueError as error:
+            wrong = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.array(wrong is not None))
+        if failed and wrong is None:
+            wrong = ConfigError(f"{path} cannot be used; the first process says why")
+    if wrong is not None:
+        raise wrong
+    return path
+
+
+def _open_run_folder(path: Path, config: Config, fingerprint: str) -> None:
+    file = path / CONFIG
+    saved = newest_about(path) if file.is_file() else None
+    if file.is_file() and not config.resume:
+        raise ConfigError(
+            f"{path} holds a run already and resume is false: give another output, or remove the folder"
+        )
+    if saved is not None:
+        old, new = (dotted(c.model_dump(mode="json")) for c in (load_config(file), config))
+        changed = [
+            f"{k} {old.get(k)} -> {v}"
+            for k, v in new.items()
+            if old.get(k) != v and k.split(".")[0] not in MAY_CHANGE
+        ]
+        if changed:
+            raise ConfigError(
+                f"{path} holds a run with other settings ({'; '.join(changed)}): give another output, or "
+                "take the settings back to continue it"
+            )
+        check_base(path, config, saved["base"], fingerprint)
+    elif not file.is_file() and path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"{path} is not empty and no run folder: give another output")
+    make_folder(path)
+    write_text(file, dump_config(config))

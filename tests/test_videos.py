@@ -1,0 +1,265 @@
+"""Readers of videos: what is absent, what is unknown, what is void; films frame by frame."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3jax.data.coco import decode_mask
+from sam3jax.data.frames import Film, FrameFiles, open_frames
+from sam3jax.data.pictures import DataError
+from sam3jax.data.video_folders import read_videos
+from sam3jax.data.videos import describe_videos, rename_phrases
+from tests import video_folders as made
+
+
+def masks_of(video, frame: int) -> dict[int, np.ndarray]:
+    return {
+        a.id: decode_mask(a, video.height, video.width) for a in video.labels[frame].annotations
+    }
+
+
+def test_palette_values_are_objects_and_255_is_void(tmp_path):
+    data = read_videos(made.write_palette(tmp_path))
+    (video,) = data.videos
+    truth = made.index_masks()
+    for t in range(made.FRAMES):
+        found = masks_of(video, t)
+        assert set(found) == set(np.unique(truth[t]).tolist()) - {0, 255}
+        for i, mask in found.items():
+            np.testing.assert_array_equal(mask, truth[t] == i)
+        from pycocotools import mask as rle_codec
+
+        np.testing.assert_array_equal(rle_codec.decode(video.labels[t].void), truth[t] == 255)
+    assert video.objects() == {1: [0, 1, 2, 3, 4, 5], 2: [2, 3]}
+    assert data.categories == {1: "object"}
+    assert rename_phrases(data, {"object": "square"}).categories == {1: "square"}
+    with pytest.raises(DataError, match="names no category"):
+        rename_phrases(data, {"cat": "dog"})
+    assert "2 objects" in describe_videos(data)[0]
+
+
+def test_a_frame_without_a_mask_file_is_not_annotated_and_not_empty(tmp_path):
+    (video,) = read_videos(made.write_palette(tmp_path, every=2)).videos
+    assert video.annotated == (0, 2, 4)
+    assert not video.labels[1].annotated
+    assert video.labels[4].annotated
+
+
+def test_null_is_absent_and_keeps_the_slot(tmp_path):
+    data = read_videos(made.write_ytvis(tmp_path))
+    (video,) = data.videos
+    truth = made.object_masks()
+    assert len(video.labels) == made.FRAMES
+    assert all(frame.annotated for frame in video.labels)
+    for t in range(made.FRAMES):
+        found = masks_of(video, t)
+        assert set(found) == {k + 1 for k in range(2) if truth[t, k].any()}
+        for k, mask in found.items():
+            np.testing.assert_array_equal(mask, truth[t, k - 1])
+    assert {a.category_id for a in video.labels[2].annotations} == {1, 2}
+    assert data.categories == {1: "cat", 2: "dog", 3: "bird"}
+
+
+def test_phrases_of_objects_and_pairs_of_videos(tmp_path):
+    """SA-Co: a noun phrase is a category of its own; pairs without an object are negatives."""
+    root = made.write_ytvis(tmp_path)
+    raw = json.loads((root / "instances.json").read_text())
+    raw["annotations"][0]["noun_phrase"] = "a red square"
+    raw["video_np_pairs"] = [
+        {"video_id": 7, "noun_phrase": "a red square", "category_id": 1},
+        {"video_id": 7, "noun_phrase": "a bird", "category_id": 3},
+    ]
+    (root / "instances.json").write_text(json.dumps(raw))
+    data = read_videos(root)
+    names = {data.categories[i] for i in data.videos[0].categories()}
+    assert names == {"a red square", "dog"}
+    assert {data.categories[i] for i in data.videos[0].negative_ids} == {"a red square", "a bird"}
+
+
+def test_wrong_lengths_and_unknown_videos_are_counted(tmp_path):
+    root = made.write_ytvis(tmp_path)
+    raw = json.loads((root / "instances.json").read_text())
+    raw["annotations"][0]["segmentations"].pop()
+    raw["annotations"].append({"video_id": 99, "category_id": 1})
+    raw["annotations"][1]["segmentations"][2] = {"size": [3, 3], "counts": [9]}
+    (root / "instances.json").write_text(json.dumps(raw))
+    problems = read_videos(root).problems
+    assert problems["object left out: not one entry for each frame"] == 1
+    assert problems["object left out: its video is not listed"] == 1
+    assert problems["mask left out: RLE has another size than its picture"] == 1
+
+
+def test_masks_of_0_and_255_only_are_binary(tmp_path):
+    root = made.write_palette(tmp_path)
+    for t, file in enumerate(sorted((root / "Annotations" / "walk").iterdir())):
+        Image.fromarray((made.object_masks()[t, 0] * 255).astype(np.uint8)).save(file)
+    data = read_videos(root)
+    assert set(data.videos[0].objects()) == {1}
+    assert any("255 is taken for object 1" in p for p in data.problems)
+
+
+def test_one_folder_an_object(tmp_path):
+    """SA-V's validation layout."""
+    root = made.write_palette(tmp_path)
+    folder = root / "Annotations" / "walk"
+    for file in list(folder.iterdir()):
+        file.unlink()
+    for k in range(2):
+        (folder / f"{k:03d}").mkdir()
+        for t in (0, 2, 4):
+            Image.fromarray(made.object_masks()[t, k]).save(folder / f"{k:03d}" / f"{t:05d}.png")
+    (video,) = read_videos(root).videos
+    assert video.objects() == {0: [0, 2, 4], 1: [2]}
+    assert video.annotated == (0, 2, 4)
+
+
+def test_categories_of_youtube_vos(tmp_path):
+    root = made.write_palette(tmp_path)
+    meta = {"videos": {"walk": {"objects": {"1": {"category": "cat"}, "2": {"category": "dog"}}}}}
+    (root / "meta.json").write_text(json.dumps(meta))
+    data = read_videos(root)
+    assert sorted(data.categories.values()) == ["cat", "dog"]
+    names = {a.id: data.categories[a.category_id] for a in data.videos[0].labels[2].annotations}
+    assert names == {1: "cat", 2: "dog"}
+
+
+def test_mot_has_boxes_only(tmp_path):
+    folder = tmp_path / "street"
+    (folder / "img1").mkdir(parents=True)
+    (folder / "gt").mkdir()
+    for t, picture in enumerate(made.pictures()):
+        Image.fromarray(picture).save(folder / "img1" / f"{t + 1:06d}.jpg")
+    rows = ["1,5,-2,3,9,7,1,1,1", "2,5,2,3,9,7,1,1,.5", "2,6,0,0,4,4,0,1,1", "99,5,1,1,2,2,1,1,1"]
+    (folder / "gt" / "gt.txt").write_text("\n".join(rows))
+    data = read_videos(tmp_path)
+    (video,) = data.videos
+    assert video.objects() == {5: [0, 1]}
+    assert video.labels[0].annotations[0].bbox == (0, 3, 7, 7)
+    assert video.labels[0].annotations[0].segmentation is None
+    assert data.problems == {"row left out: not to be considered, or no such frame": 2}
+
+
+def broken(tmp_path, kind: str):
+    root = made.write_palette(tmp_path)
+    file = root / "Annotations" / "walk" / "00002.png"
+    frame = root / "JPEGImages" / "walk" / "00003.jpg"
+    if kind == "colour":
+        Image.open(file).convert("RGB").save(file)
+    elif kind == "size":
+        Image.new("P", (9, 9)).save(file)
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[:40])
+    elif kind == "mixed":
+        Image.new("RGB", (20, 20)).save(frame)
+        return read_videos(root).videos[0].frames[3]
+    elif kind == "empty":
+        for f in (root / "JPEGImages" / "walk").iterdir():
+            f.unlink()
+    elif kind == "names":
+        for k, f in enumerate(sorted((root / "Annotations" / "walk").iterdir())):
+            f.rename(f.with_stem(f"mask{k}"))
+    return read_videos(root)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("colour", "is in colour"),
+        ("size", "9 x 9 pixels, its frame 36 x 24"),
+        ("cut", "cannot be read"),
+        ("mixed", "20 x 20 pixels, the first frame 36 x 24"),
+        ("empty", "has no frame"),
+        ("names", "has the name of a frame"),
+    ],
+)
+def test_bad_files_get_a_sentence(tmp_path, kind, says):
+    with pytest.raises(DataError, match=says):
+        broken(tmp_path, kind)
+
+
+def test_nothing_there_gets_a_sentence(tmp_path):
+    for path, says in ((tmp_path / "no", "no videos at"), (tmp_path, "expected one JSON")):
+        with pytest.raises(DataError, match=says):
+            read_videos(path)
+    (tmp_path / "x.json").write_text(json.dumps({"images": []}))
+    with pytest.raises(DataError, match="is not a video data set"):
+        read_videos(tmp_path)
+    with pytest.raises(DataError, match="holds no frame"):
+        open_frames(tmp_path)
+    with pytest.raises(DataError, match="no film"):
+        open_frames(tmp_path / "x.mp4")
+
+
+def test_frames_sort_by_number(tmp_path):
+    for k in (10, 9, 1):
+        Image.new("RGB", (4, 3), (k, 0, 0)).save(tmp_path / f"frame_{k}.png")
+    frames = open_frames(tmp_path)
+    assert [int(frames[k][0, 0, 0]) for k in range(3)] == [1, 9, 10]
+    assert (frames.width, frames.height) == (4, 3)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    pytest.importorskip("av", reason="films need PyAV")
+    flat = np.arange(30, dtype=np.uint8)[:, None, None, None] * np.full((1, 32, 48, 3), 8, np.uint8)
+    return made.write_film(tmp_path_factory.mktemp("film") / "grey.mp4", flat)
+
+
+def test_a_film_gives_each_frame_in_any_order(film):
+    frames = Film(film)
+    assert (len(frames), frames.width, frames.height, frames.rate) == (30, 48, 32, 5.0)
+    value = lambda k: round(float(frames[k].mean()) / 8)
+    orders = [range(30), range(29, -1, -1), np.random.default_rng(0).permutation(30)]
+    for order in orders:
+        assert [value(int(k)) for k in order] == [int(k) for k in order]
+    again = pickle.loads(pickle.dumps(frames))  # workers get a copy
+    np.testing.assert_array_equal(again[17], frames[17])
+    assert value(-1) == 29
+    with pytest.raises(IndexError):
+        frames[30]
+
+
+def test_a_damaged_film_gets_a_sentence(film, tmp_path):
+    whole = film.read_bytes()
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cannot be read|holds no frame"):
+        Film(cut)
+    text = tmp_path / "text.mp4"
+    text.write_text("no film")
+    with pytest.raises(DataError, match="it is damaged or no film"):
+        Film(text)
+
+
+def test_a_film_without_pyav_gets_a_sentence(film, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"needs PyAV: pip install 'sam3jax\[video\]'"):
+        Film(film)
+
+
+@pytest.mark.skipif(not made.SHARED.is_dir(), reason="the shared videos are not here")
+def test_the_shared_videos_read_alike_in_both_formats():
+    masks = read_videos(made.SHARED)
+    boxes = read_videos(made.SHARED / "instances.json")
+    assert [v.name for v in boxes.videos] == [
+        "car-shadow",
+        "libby",
+        "blackswan",
+        "composite-car-dog",
+    ]
+    by_name = {v.name: v for v in masks.videos}
+    assert sorted(boxes.categories.values()) == ["car", "dog", "swan"]
+    for video in boxes.videos:
+        twin = by_name[video.name]
+        assert isinstance(video.frames, FrameFiles)
+        assert len(video.labels) == len(twin.labels) == len(video.frames)
+        for t in range(0, len(video.labels), 7):
+            a, b = masks_of(video, t), masks_of(twin, t)
+            assert set(a) == set(b)
+            assert all(np.array_equal(a[i], b[i]) for i in a)
