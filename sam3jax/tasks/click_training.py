@@ -34,7 +34,7 @@ def first_prompt(objects: Objects, batch: ClickBatch, grid: int, config: ClicksC
     size, shape = batch.images.shape[1], objects.target.shape[1:]
     target, stored = objects.target, batch.labels.shape[2]
     asked = no_prompt(objects, batch, grid, corrections=corrections(config))
-    stored_labels = batch.labels.reshape(-1, stored)
+    stored_labels = batch.labels.reshape(len(target), stored)
     keys = jax.vmap(lambda key: jax.random.split(key, 4))(_keys(objects, 0))
     kind = jax.vmap(lambda key: _draw_kind(key, config))(keys[:, 0])
     kind = jnp.where((stored_labels >= 0).any(1), STORED, kind)
@@ -50,7 +50,9 @@ def first_prompt(objects: Objects, batch: ClickBatch, grid: int, config: ClicksC
     corners = jnp.where((kind == BOX)[:, None], jnp.array([BOX_START, BOX_END]), ABSENT)
     stored_labels = jnp.where((kind == STORED)[:, None], stored_labels, ABSENT)
     at = slice(-1 - stored, -1)
-    points = asked.points.at[:, :2].set(box).at[:, at].set(batch.points.reshape(-1, stored, 2))
+    points = (
+        asked.points.at[:, :2].set(box).at[:, at].set(batch.points.reshape(len(target), stored, 2))
+    )
     labels = asked.labels.at[:, :2].set(corners).at[:, at].set(stored_labels)
 
     has_mask = kind == MASK
