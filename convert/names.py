@@ -18,6 +18,7 @@ import numpy as np
 from convert import tracker
 from sam3jax.files import FileError
 from sam3jax.weights.names import VIT, dead_entries, templates
+from sam3jax.weights.parts import common_dtype
 from sam3jax.weights.tensor_file import Tensor
 
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # DDP, Lightning, torch.compile
@@ -193,13 +194,6 @@ def mixed_dtypes(stored: Mapping[str, Tensor]) -> list[str]:
     """Official tensors whose q, k and v are stored in different dtypes by transformers."""
     pieces = _pieces(stored)[0]
     return [n for n, parts in pieces.items() if len({t.dtype for t in parts.values()}) > 1]
-
-
-def common_dtype(dtypes: set[np.dtype]) -> np.dtype:
-    """The dtype of one array for tensors stored in several: one that holds them all."""
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[int, Tensor]], list[str]]:

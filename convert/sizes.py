@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from convert.huggingface_config import read_huggingface_config
+from convert.interactive_sizes import interactive_sizes
 from convert.names import huggingface_shapes
 from convert.weights import ConversionError
 from sam3jax.config import PRESETS, ModelConfig, explain, parse_config
@@ -81,8 +82,9 @@ def infer_config(
     del found["depth"]
     if preset:
         found = {"preset": preset, **found}  # for what no tensor tells, such as dropout
+    found = interactive_sizes(carried, written) | found
     try:
-        return ModelConfig(**found), notes
+        return ModelConfig.model_validate(found), notes
     except ValidationError as error:
         problems = "; ".join(explain(error, ModelConfig))
         raise ConversionError(f"the shapes make no detector: {problems}") from None

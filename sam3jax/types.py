@@ -7,6 +7,7 @@ Axes, in every shape comment of this project:
     L  decoder layers         N  tokens                  D  width
     H  heads                  K  width of a head         G  box exemplars of a prompt
     V  phrases (vocabulary)   R  LoRA rank               Y X  rows, columns
+    A  points of an object's prompt (clicks); there B is objects, each of a picture beside it
 
 Boxes are centre x, centre y, width, height in 0..1 of the (resized, padded) picture unless a name
 says otherwise. Everything is padded to static shapes; what is padding is said by a mask or a count
@@ -75,6 +76,27 @@ class Batch(struct.PyTreeNode):
     image_id: Array
 
 
+class ClickBatch(struct.PyTreeNode):
+    """Pictures with up to K objects each, for clicks: B = I * K rows, row b of picture b // K.
+
+    images [I, Y, X, 3] uint8; masks [I, K, Y, ceil(X / 8)] uint8, packed as in Targets.
+    valid [I, K] bool, False for padding.
+    points [I, K, A, 2] stored with an object, x and y in pixels of these pictures; A may be 0.
+    labels [I, K, A] int32: 1 inside, 0 outside, -2 no point.
+    image_valid [I] bool, image_id [I] int32 as in Batch.
+    luck [I] uint32, what the prompts of a picture are drawn from; another one each time it is shown.
+    """
+
+    images: Array
+    masks: Array
+    valid: Array
+    points: Array
+    labels: Array
+    image_valid: Array
+    image_id: Array
+    luck: Array
+
+
 class TextFeatures(struct.PyTreeNode):
     """Encoded phrases: features [V, N, D]; valid [V, N] bool, False for padding tokens."""
 
@@ -86,6 +108,31 @@ class ImageFeatures(struct.PyTreeNode):
     """Backbone output, finest first: levels of [I, Y/4.., X/4.., D], strides 1/4, 1/2, 1 of a patch."""
 
     levels: tuple[jax.Array, ...]
+
+
+class ClickFeatures(struct.PyTreeNode):
+    """What the mask decoder reads of a picture with a grid of g x g patches, finest first.
+
+    fine [I, 4g, 4g, D/8]; middle [I, 2g, 2g, D/4]; coarse [I, g, g, D].
+    """
+
+    fine: jax.Array
+    middle: jax.Array
+    coarse: jax.Array
+
+
+class PromptedMasks(struct.PyTreeNode):
+    """What the mask decoder says of B prompted objects; see sam3jax.model.mask_decoder.choose.
+
+    masks [B, 4, 4g, 4g] float32 logits, mask 0 for a clear prompt, 1 to 3 for one that may mean
+    several things; ious [B, 4] the predicted IoU of each; tokens [B, 4, D], what a pointer of a track
+    is made of; score [B], logit of the object being there at all.
+    """
+
+    masks: jax.Array
+    ious: jax.Array
+    tokens: jax.Array
+    score: jax.Array
 
 
 class Detections(struct.PyTreeNode):

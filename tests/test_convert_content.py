@@ -13,10 +13,11 @@ from convert.__main__ import main
 from convert.files import read_checkpoint, to_torch_tensor
 from convert.sizes import infer_config, rope_tables
 from convert.torch_to_jax import find_tokenizer
-from convert.weights import ConversionError, entries, leaf_shapes, torch_shape
+from convert.weights import ConversionError, entries
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError
 from sam3jax.weights.model_folder import open_model_folder
+from sam3jax.weights.parts import leaf_shapes, torch_shape
 from sam3jax.weights.tensor_file import Tensor, read_tensors
 from sam3jax.weights.tree import unflatten
 

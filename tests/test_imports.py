@@ -15,7 +15,7 @@ FLOORS = (
     ("options",),
     ("data", "model"),
     ("weights",),
-    ("matching",),
+    ("matching", "clicks"),
     ("losses",),
     ("inference",),
     ("video",),

@@ -109,6 +109,25 @@ class ModelConfig(Section):
         le=100_000,
         description="One-to-one queries of a prompt. Training adds as many one-to-many ones.",
     )
+    mask_decoder_heads: int = Field(
+        default=8, ge=1, le=1024, description="Attention heads of the mask decoder (clicks)."
+    )
+    mask_decoder_ffn: int = Field(
+        default=2048, ge=1, le=1_000_000, description="Hidden width of the mask decoder's blocks."
+    )
+    mask_decoder_iou_hidden: int = Field(
+        default=256,
+        ge=1,
+        le=1_000_000,
+        description="Hidden width of the head that predicts a mask's IoU.",
+    )
+    mask_prompt_channels: int = Field(
+        default=16,
+        ge=4,
+        le=1_000_000,
+        multiple_of=4,
+        description="Channels on the way from a mask prompt to features.",
+    )
     dropout: float = Field(
         default=0.1,
         ge=0,
@@ -185,7 +204,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         image_size=168, pretrain_image_size=84, window_size=6, vit_dim=96, vit_stages=2, vit_stage_blocks=3, vit_heads=4,
         vit_mlp_ratio=4.0, text_dim=64, text_layers=2, text_heads=4, vocab_size=1024, text_length=16, dim=64, ffn=256, heads=4,
-        fusion_layers=2, decoder_layers=3, geometry_layers=1, queries=20, dropout=0.0, drop_path=0.0,
+        fusion_layers=2, decoder_layers=3, geometry_layers=1, queries=20, mask_decoder_heads=4, mask_decoder_ffn=256,
+        mask_decoder_iou_hidden=64, dropout=0.0, drop_path=0.0,
     ),
 }  # fmt: skip
 

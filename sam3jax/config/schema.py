@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sam3jax.config.clicks import ClicksConfig
 from sam3jax.config.loss import LossConfig
 from sam3jax.config.model import LoraConfig, ModelConfig, SizesFollow
 from sam3jax.config.section import BILLION, SEEDS, Section, Text
@@ -333,10 +334,31 @@ class EvalConfig(Section):
     )
 
 
+# What a task sets where the user does not.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clicks": {
+        # The heads are small: they are trained themselves, and the detector beside them stays as it is.
+        "trainable": ("backbone.vision_backbone.sam2_convs.*", "tracker.*"),
+        "lora": {
+            "enabled": False,
+            "targets": (
+                "backbone.vision_backbone.trunk.blocks.*.attn.*",
+                "backbone.vision_backbone.trunk.blocks.*.mlp.*",
+                "tracker.sam_mask_decoder.transformer.*",
+            ),
+        },
+    },
+}
+
+
 class Config(Section):
     """A whole run."""
 
-    task: Literal["detect"] = Field(default="detect", description="What is trained.")
+    task: Literal["detect", "clicks"] = Field(
+        default="detect",
+        description="What is trained. detect: find every instance of a phrase; clicks: masks from points, boxes "
+        "and masks, corrected click by click.",
+    )
     model: ModelConfig = Field(
         default=ModelConfig(), description="Widths, depths and switches of the detector."
     )
@@ -344,6 +366,9 @@ class Config(Section):
     loss: LossConfig = Field(default=LossConfig(), description="The training loss.")
     data: DataConfig = Field(
         default=DataConfig(), description="Where the pictures are and what is asked of them."
+    )
+    clicks: ClicksConfig = Field(
+        default=ClicksConfig(), description="Interactive training, where task is clicks."
     )
     optim: OptimConfig = Field(default=OptimConfig(), description="The optimizer.")
     evaluation: EvalConfig = Field(
@@ -415,6 +440,19 @@ class Config(Section):
             if isinstance(model, dict):
                 return {**values, "model": SizesFollow(model)}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_task(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        own = TASK_DEFAULTS.get(str(values.get("task", "detect")), {})
+        out = dict(values)
+        for key, value in own.items():
+            given = out.get(key, {} if isinstance(value, dict) else value)
+            both = isinstance(value, dict) and isinstance(given, dict)
+            out[key] = {**value, **given} if both else given
+        return out
 
     @model_validator(mode="after")
     def _check(self) -> Config:

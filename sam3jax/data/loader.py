@@ -41,7 +41,7 @@ class EvalBatch:
 class TrainLoader:
     """An endless iterator over this process's part of the training batches, with a small state."""
 
-    def __init__(self, stream: Callable[[int], Iterator[Batch]], batch_size: int, identity: dict):
+    def __init__(self, stream: Callable[[int], Iterator[Any]], batch_size: int, identity: dict):
         self._stream, self._batch_size, self._identity = stream, batch_size, identity
         self._next = 0
         self._iterator: Any = None  # of the stream, a generator
@@ -49,7 +49,7 @@ class TrainLoader:
     def __iter__(self) -> TrainLoader:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._stream(self._next)
         batch = next(self._iterator)
@@ -79,12 +79,12 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Iterable of EvalBatch, from the start each time; `len` batches, the same on every process."""
+    """Iterable of batches, from the start each time; `len` batches, the same on every process."""
 
-    def __init__(self, stream: Callable[[], Iterator[EvalBatch]], length: int):
+    def __init__(self, stream: Callable[[], Iterator[Any]], length: int):
         self._stream, self._length = stream, length
 
-    def __iter__(self) -> Iterator[EvalBatch]:
+    def __iter__(self) -> Iterator[Any]:
         return self._stream()
 
     def __len__(self) -> int:

@@ -165,6 +165,23 @@ class Upsample2x(nn.Module):
         return out.reshape(b, 2 * y, 2 * xx, self.features) + bias.astype(self.dtype)
 
 
+class Downsample2x(nn.Module):
+    """Convolution, kernel 2, stride 2: [B, 2Y, 2X, D] -> [B, Y, X, E]; a reshape and one product."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, y, xx, d = x.shape
+        shape = (2, 2, d, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = x.astype(self.dtype).reshape(b, y // 2, 2, xx // 2, 2, d).transpose(0, 1, 3, 2, 4, 5)
+        x = dot(x.reshape(b, y // 2, xx // 2, 4 * d), kernel.reshape(4 * d, self.features))
+        return x + bias.astype(self.dtype)
+
+
 def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
     """Drop the whole residual branch of a sample with probability `rate` (traced), else rescale it.
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from sam3jax.config import Config
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.tasks.clicks import Clicks
 from sam3jax.tasks.detection import Detection
 from sam3jax.tasks.validated import Validated
 from sam3jax.weights.tree import Tree
@@ -71,6 +72,6 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Callable[[Config, str | None], Task]] = {"detect": Detection}
+TASKS: dict[str, Callable[[Config, str | None], Task]] = {"detect": Detection, "clicks": Clicks}
 
 __all__ = ["TASKS", "Task", "Validated"]

@@ -29,6 +29,7 @@ _PALETTE: tuple[Colour, ...] = (
     (0, 225, 190), (255, 120, 190), (110, 120, 255), (175, 225, 0), (200, 130, 80), (160, 200, 255),
 )  # fmt: skip
 _INK, _PAPER = (20, 20, 24), (250, 250, 250)
+_INSIDE, _OUTSIDE = (20, 170, 60), (215, 30, 40)  # clicks
 _FILL = 0.4
 _CROWD = 60  # instances above which lines are thin
 _LABEL_SHARE = 0.15  # of the picture that labels may hide at most
@@ -38,7 +39,7 @@ _LABEL_SHARE = 0.15  # of the picture that labels may hide at most
 class Instance:
     """Something to draw: box left, top, right, bottom in pixels; mask COCO RLE, [Y, X] bool or None.
 
-    number: of its colour; None: by its place among the instances.
+    number: of its colour; None: by its place among the instances. clicks: (x, y, inside) in pixels.
     """
 
     label: str
@@ -46,6 +47,7 @@ class Instance:
     mask: Mapping[str, Any] | np.ndarray | None = None
     score: float | None = None
     number: int | None = None
+    clicks: tuple[tuple[float, float, bool], ...] = ()
 
     @property
     def text(self) -> str:
@@ -89,6 +91,8 @@ def overlay(
     pen = ImageDraw.Draw(image)
     for k in order:
         _paint_box(pen, boxes[k], shades[k], line)
+    for instance in instances:
+        _paint_clicks(pen, instance.clicks, scale, 2 * line)
     labels = [(i.text, b, c) for i, b, c in zip(instances, boxes, shades)]
     _paint_labels(pen, size, labels)
     return image
@@ -349,6 +353,17 @@ def _paint_box(pen: ImageDraw.ImageDraw, box: Box, shade: Colour, line: int) -> 
         return
     pen.rectangle((left - line, top - line, right + line, bottom + line), outline=_INK, width=line)
     pen.rectangle(box, outline=shade, width=line)
+
+
+def _paint_clicks(
+    pen: ImageDraw.ImageDraw, clicks: Sequence[tuple[float, float, bool]], scale: float, size: int
+) -> None:
+    """Green discs for clicks inside, red ones outside, later ones on top."""
+    for x, y, inside in clicks:
+        # A pixel's centre: half a pixel from its corner, in any size.
+        x, y = (x + 0.5) * scale, (y + 0.5) * scale
+        for reach, shade in ((size + 3, _INK), (size + 2, _PAPER), (size, _INSIDE if inside else _OUTSIDE)):  # fmt: skip
+            pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=shade)
 
 
 def _paint_labels(
