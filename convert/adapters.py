@@ -16,6 +16,7 @@ import numpy as np
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError, refuse_to_replace, whole
 from sam3jax.weights.lora import linear_layers
+from sam3jax.weights.names import DETECTOR_PART, parts_of
 from sam3jax.weights.tensor_file import Tensor, stream_tensors, to_dtype
 from sam3jax.weights.tree import flatten
 
@@ -96,6 +97,12 @@ def peft_adapter(
     tensors: dict[str, np.ndarray] = {}
     alphas: dict[str, float] = {}
     ranks: dict[str, int] = {}
+    adapted = {path[0] for path, adapter in adapters.items() if adapter.scale.any()}
+    if beside := [part for part in parts_of(adapted) if part != DETECTOR_PART]:
+        raise FileError(
+            f"adapters of {', '.join(beside)} have no place in transformers' Sam3Model: export the merged "
+            "weights, without --adapter"
+        )
     for entry in linear_layers(config):
         adapter = adapters.get(entry.path[:-1])
         if adapter is None or not adapter.scale[entry.slot]:

@@ -46,8 +46,9 @@ def read_archive(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         # Or it holds a kind of tensor that has no form without bytes, which is named below.
         state, ignored = {}, ()
     entries = _entries(path)
-    if state and all(_place(t) in entries for t in state.values()):
-        return {n: _file_tensor(path, n, t, entries[_place(t)]) for n, t in state.items()}, ignored
+    places = {n: place for n, t in state.items() if (place := _place(t)) is not None}
+    if state and all(places.get(n) in entries for n in state):
+        return {n: _file_tensor(path, n, t, entries[places[n]]) for n, t in state.items()}, ignored
     # An older torch, or an archive that another program packed: let torch find the bytes.
     for entry in entries.values():
         entry.check(path)
@@ -88,11 +89,11 @@ class _Entry:
             return
         crc = 0
         if data is not None:
-            crc = zlib.crc32(data.view(np.uint8))
+            crc = zlib.crc32(data.view(np.uint8).data)
         else:
             for start in range(self.start, self.start + self.size, _CHUNK):
                 count = min(_CHUNK, self.start + self.size - start)
-                crc = zlib.crc32(np.fromfile(path, np.uint8, count, offset=start), crc)
+                crc = zlib.crc32(np.fromfile(path, np.uint8, count, offset=start).data, crc)
         if crc != self.crc:
             raise FileError(
                 f"{path} is damaged: the bytes of {self.name} do not have the checksum that the archive notes "

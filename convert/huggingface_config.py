@@ -63,7 +63,10 @@ def read_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any]:
             elif key == "vit_norm_eps":
                 good, kind = isinstance(value, float) and value > 0, "a small number"
             else:
-                good, kind = whole(value) and value > 0, "a positive whole number"
+                good, kind = (
+                    isinstance(value, int) and whole(value) and value > 0,
+                    "a positive whole number",
+                )
             if good:
                 found[key] = value
             else:

@@ -16,13 +16,15 @@ from convert import tracker
 from convert.adapters import Adapters, count_layers, merge
 from convert.files import CARRIED, write_checkpoint
 from convert.huggingface_config import huggingface_config, processor_files
+from convert.layouts import LAYOUTS
 from convert.names import CLASS_POSITION, DETECTOR, INTERACTIVE, to_huggingface
 from convert.sizes import rope_tables
 from convert.torch_to_jax import cast
-from convert.weights import LAYOUTS, torch_tensors
+from convert.weights import torch_tensors
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError, refuse_to_replace, whole
 from sam3jax.weights.model_folder import ModelFolder, is_model_folder
+from sam3jax.weights.parts import official_name
 from sam3jax.weights.tensor_file import Tensor, stream_tensors
 
 _WEIGHTS = "model.safetensors"
@@ -81,11 +83,10 @@ def assemble(
     """The tensors of an export by their final names, and carried ones that the layout has no place for."""
     config, carried = folder.config, folder.carried
     inside = torch_tensors(folder.leaves, config, carried)
+    tuned = {name: inside.pop(name) for name in list(inside) if tracker.is_tracker(name)}
     for name, dtype in folder.source.get("dtypes", {}).items():
         inside[name] = inside[name].astype(np.dtype(dtype))
-    others = {} if detector_only else {
-        name: t for name, t in carried.items() if tracker.is_tracker(name) or name.startswith(INTERACTIVE)
-    }  # fmt: skip
+    others = {} if detector_only else _beside(carried, tuned)
     neck = {n: t for n, t in others.items() if n.startswith(tracker.NECK_OFFICIAL)}
     outside = {n: t for n, t in others.items() if n not in neck}
     before = _prefix(folder, layout, bool(outside)) if prefix is None else prefix
@@ -120,6 +121,17 @@ def assemble(
         }
     rest |= {n: t for n, t in carried.items() if n not in used and not tracker.is_tracker(n)}
     return out, {} if detector_only else rest
+
+
+def _beside(carried: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Carried tensors of the tracker and its neck, those that are live in their place and dtype."""
+    out = {
+        name: live.get(official_name(name), tensor)
+        for name, tensor in carried.items()
+        if tracker.is_tracker(name) or name.startswith(INTERACTIVE)
+    }
+    placed = {official_name(name) for name in out}
+    return out | {name: tensor for name, tensor in live.items() if name not in placed}
 
 
 def _kinds(names: Iterable[str]) -> list[str]:

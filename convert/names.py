@@ -18,6 +18,7 @@ import numpy as np
 from convert import tracker
 from sam3jax.files import FileError
 from sam3jax.weights.names import VIT, dead_entries, templates
+from sam3jax.weights.parts import common_dtype
 from sam3jax.weights.tensor_file import Tensor
 
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # DDP, Lightning, torch.compile
@@ -159,7 +160,7 @@ def from_huggingface(
     for name, parts in pieces.items():
         template = _official_template(name)
         ordered = [parts[i] for i in sorted(parts)]
-        if len(ordered) != len(_official_parts()[template]):
+        if template is None or len(ordered) != len(_official_parts()[template]):
             continue
         if len(ordered) > 1 and (len({t.shape for t in ordered}) > 1 or not ordered[0].shape):
             continue
@@ -176,6 +177,8 @@ def from_huggingface(
 def huggingface_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """{transformers name: shape} of what an official tensor of this shape is there; {} if nothing."""
     template, number = _split(name, _official_parts())
+    if template is None:
+        return {}
     parts = [part.replace("{n}", number) for part in _official_parts()[template]]
     kind = _kinds()[template]
     if kind == "positions":
@@ -191,13 +194,6 @@ def mixed_dtypes(stored: Mapping[str, Tensor]) -> list[str]:
     """Official tensors whose q, k and v are stored in different dtypes by transformers."""
     pieces = _pieces(stored)[0]
     return [n for n, parts in pieces.items() if len({t.dtype for t in parts.values()}) > 1]
-
-
-def common_dtype(dtypes: set[np.dtype]) -> np.dtype:
-    """The dtype of one array for tensors stored in several: one that holds them all."""
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[int, Tensor]], list[str]]:
@@ -269,7 +265,7 @@ def _detector(names: Iterable[str]) -> tuple[str, str] | None:
 def _wrapper(names: Iterable[str]) -> str:
     """What stands before the names of most tensors of a detector; without one, before all tensors."""
     names = list(names)
-    wrappers = Counter(re.match(_ANY_WRAPPERS, name).group() for name in names)
+    wrappers = Counter(m.group() for name in names if (m := re.match(_ANY_WRAPPERS, name)))
     for wrapper, _ in wrappers.most_common():
         if _detector(n.removeprefix(wrapper) for n in names if n.startswith(wrapper)):
             return wrapper

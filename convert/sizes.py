@@ -18,9 +18,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from convert.huggingface_config import read_huggingface_config
+from convert.interactive_sizes import interactive_sizes
 from convert.names import huggingface_shapes
 from convert.weights import ConversionError
-from sam3jax.config import PRESETS, ModelConfig
+from sam3jax.config import PRESETS, ModelConfig, explain, parse_config
 from sam3jax.weights.names import DECODER, FUSION, GEOMETRY, TEXT, VIT, carried_shapes
 from sam3jax.weights.tensor_file import Tensor
 
@@ -81,15 +82,11 @@ def infer_config(
     del found["depth"]
     if preset:
         found = {"preset": preset, **found}  # for what no tensor tells, such as dropout
+    found = interactive_sizes(carried, written) | found
     try:
-        return ModelConfig(**found), notes
+        return ModelConfig.model_validate(found), notes
     except ValidationError as error:
-        problems = "; ".join(
-            ".".join(map(str, e["loc"]))
-            + " " * bool(e["loc"])
-            + e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        )
+        problems = "; ".join(explain(error, ModelConfig))
         raise ConversionError(f"the shapes make no detector: {problems}") from None
 
 
@@ -340,7 +337,7 @@ def _unequal_stages(wide: list[Any], depth: int) -> str:
 def _is_preset(found: Mapping[str, Any]) -> str | None:
     """The preset with these widths and depths, if any; what it says of pictures and heads is then true."""
     for preset in PRESETS:
-        config = ModelConfig(preset=preset)
+        config = parse_config({"preset": preset}, ModelConfig)
         known = {**config.model_dump(), "depth": config.vit_stages * config.vit_stage_blocks}
         ignored = {*HUGGINGFACE_SWITCHES, *_UNTOLD, "vit_stages"}
         if all(known[key] == value for key, value in found.items() if key not in ignored):
@@ -351,7 +348,7 @@ def _is_preset(found: Mapping[str, Any]) -> str | None:
 def _guess(found: Mapping[str, Any]) -> dict[str, Any]:
     """Heads, window, picture size and stages: of the preset that fits, else in published proportions."""
     if preset := _is_preset(found):
-        config = ModelConfig(preset=preset)
+        config = parse_config({"preset": preset}, ModelConfig)
         return {key: getattr(config, key) for key in _UNTOLD}
     published = ModelConfig()
 

@@ -12,6 +12,8 @@ from sam3jax.config import ConfigError, load_config
 from sam3jax.files import FileError
 from sam3jax.weights.base import is_run_folder
 from sam3jax.weights.model_folder import ModelFolder, is_model_folder, open_model_folder
+from sam3jax.weights.names import parts_of
+from sam3jax.weights.parts import live_parts
 from sam3jax.weights.run_folder import CONFIG, read_run
 from sam3jax.weights.tensor_file import Tensor, is_float
 from sam3jax.weights.tree import flatten
@@ -36,11 +38,12 @@ def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
     start = load_config(path / CONFIG).init
     root = _root(path)
     tuned, before = flatten(run.variables["params"]), flatten(run.base_variables["params"])
+    stored_leaves = _stored_leaves(root, parts_of(path[0] for path in tuned)) if root else {}
     direct = start is not None and is_model_folder(start)
     leaves: dict[tuple[str, ...], Tensor] = {}
     for name, leaf in tuned.items():
-        stored = root.leaves.get(name) if root else None
-        if direct and leaf is before[name]:
+        stored = stored_leaves.get(name)
+        if stored is not None and direct and leaf is before[name]:
             leaves[name] = stored
         else:
             tensor = Tensor.of(np.asarray(leaf))
@@ -53,6 +56,14 @@ def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
     else:
         folder = dataclasses.replace(root, path=path, config=run.config.model, leaves=leaves)
     return folder, adapters
+
+
+def _stored_leaves(root: ModelFolder, parts: tuple[str, ...]) -> dict[tuple[str, ...], Tensor]:
+    """The root's leaves of the run's parts, unread; parts that the run drew at random have none."""
+    try:
+        return live_parts(root.leaves, root.carried, root.config, parts, str(root.path))
+    except FileError:
+        return root.leaves
 
 
 def _root(run: Path) -> ModelFolder | None:

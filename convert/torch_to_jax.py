@@ -14,6 +14,7 @@ import numpy as np
 
 from convert.adapters import Adapters, count_layers
 from convert.files import Checkpoint, read_checkpoint
+from convert.layouts import FLOATS
 from convert.names import Layout, Sorted, mixed_dtypes, sort_tensors
 from convert.sizes import infer_config, missing_dead
 from convert.weights import ConversionError, flax_tensors, misfits, narrowed, report
@@ -23,7 +24,6 @@ from sam3jax.files import FileError
 from sam3jax.weights.model_folder import ModelFolder, is_model_folder, save_model_folder
 from sam3jax.weights.tensor_file import DTYPES, Tensor, is_float
 
-FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CLIP_VOCABULARY = 49408
 
 

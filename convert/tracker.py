@@ -1,7 +1,7 @@
 """Names of the tracker and the second neck: official <-> transformers.
 
-The detector does not use them; they are carried, and translated so that a whole checkpoint can change
-its layout. Facts from transformers' Sam3VideoModel and the published state dict; nothing here is
+Tensors that no task uses are carried, and translated so that a whole checkpoint can change its layout.
+The second neck and the interactive heads are rows of THE table; the names of the memory are here. Facts from transformers' Sam3VideoModel and the published state dict; nothing here is
 turned or scaled, only renamed. Two exceptions: transformers holds the four point embeddings in one
 table, and the prompt encoder's random frequencies a second time as `shared_image_embedding` (dropped where it is the same, as it is).
 """
@@ -14,12 +14,17 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from sam3jax.weights.names import NECK, NECK_HUGGINGFACE, TABLE
+from sam3jax.weights.names import TRACKER_TEMPLATES
 from sam3jax.weights.tensor_file import Tensor
+from sam3jax.weights.tracker_names import (
+    FREQUENCIES,
+    SECOND_NECK,
+    TRACKER,
+    TRACKER_HUGGINGFACE,
+)
 
-OFFICIAL, HUGGINGFACE = "tracker.", "tracker_model."
-NECK_OFFICIAL, NECK_TRANSFORMERS = "backbone.vision_backbone.sam2_convs", "tracker_neck.fpn_layers"
-_FREQUENCIES = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+OFFICIAL, HUGGINGFACE = TRACKER, TRACKER_HUGGINGFACE
+NECK_OFFICIAL = SECOND_NECK
 _SHARED = "shared_image_embedding.positional_embedding"
 _POINTS = "sam_prompt_encoder.point_embeddings.{i}.weight", "prompt_encoder.point_embed.weight"
 _POINT = re.compile(re.escape(OFFICIAL) + r"sam_prompt_encoder\.point_embeddings\.(\d+)\.weight")
@@ -28,7 +33,6 @@ _STACK = 16  # more layers than any stack of the tracker has
 # Whole names, or owners of `.weight` and `.bias`; {i} numbers layers.
 _NAMES: tuple[tuple[str, str], ...] = (
     ("maskmem_tpos_enc", "memory_temporal_positional_encoding"),
-    ("no_mem_embed", "no_memory_embedding"),
     ("no_mem_pos_enc", "no_memory_positional_encoding"),
     ("no_obj_ptr", "no_object_pointer"),
     ("no_obj_embed_spatial", "occlusion_spatial_embedding_parameter"),
@@ -38,19 +42,6 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("maskmem_backbone.pix_feat_proj", "memory_encoder.feature_projection"),
     ("maskmem_backbone.out_proj", "memory_encoder.projection"),
     ("transformer.encoder.norm", "memory_attention.layer_norm"),
-    (_FREQUENCIES, "prompt_encoder.shared_embedding.positional_embedding"),
-    ("sam_prompt_encoder.not_a_point_embed", "prompt_encoder.not_a_point_embed"),
-    ("sam_prompt_encoder.no_mask_embed", "prompt_encoder.no_mask_embed"),
-    ("sam_prompt_encoder.mask_downscaling.0", "prompt_encoder.mask_embed.conv1"),
-    ("sam_prompt_encoder.mask_downscaling.1", "prompt_encoder.mask_embed.layer_norm1"),
-    ("sam_prompt_encoder.mask_downscaling.3", "prompt_encoder.mask_embed.conv2"),
-    ("sam_prompt_encoder.mask_downscaling.4", "prompt_encoder.mask_embed.layer_norm2"),
-    ("sam_prompt_encoder.mask_downscaling.6", "prompt_encoder.mask_embed.conv3"),
-    *((f"sam_mask_decoder.{n}", f"mask_decoder.{n}") for n in ("iou_token", "mask_tokens", "obj_score_token", "conv_s0", "conv_s1")),
-    ("sam_mask_decoder.output_upscaling.0", "mask_decoder.upscale_conv1"),
-    ("sam_mask_decoder.output_upscaling.1", "mask_decoder.upscale_layer_norm"),
-    ("sam_mask_decoder.output_upscaling.3", "mask_decoder.upscale_conv2"),
-    ("sam_mask_decoder.transformer.norm_final_attn", "mask_decoder.transformer.layer_norm_final_attn"),
 )  # fmt: skip
 
 
@@ -64,7 +55,7 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 out[OFFICIAL + _POINTS[0].format(i=i)] = _row(tensor, i)
         else:
             out[_renamed(name, back)] = tensor
-    twin, original = out.get(HUGGINGFACE + _SHARED), out.get(OFFICIAL + _FREQUENCIES)
+    twin, original = out.get(HUGGINGFACE + _SHARED), out.get(FREQUENCIES)
     if twin and original and np.array_equal(twin.read(), original.read()):
         del out[HUGGINGFACE + _SHARED]
     return out
@@ -85,7 +76,7 @@ def to_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
             rest[name] = tensor
     if points:
         out[HUGGINGFACE + _POINTS[1]] = points
-    frequencies = HUGGINGFACE + dict(_NAMES)[_FREQUENCIES]
+    frequencies = _table()[FREQUENCIES]
     if frequencies in out:
         out.setdefault(HUGGINGFACE + _SHARED, out[frequencies])
     return out, rest
@@ -119,16 +110,11 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
 
 @functools.cache
 def _table() -> dict[str, str]:
+    """Official name -> transformers name, layer by layer: of the memory from here, else THE table."""
     table = {OFFICIAL + old: HUGGINGFACE + new for old, new in (*_NAMES, *_layers())}
-    for old, new, *_ in (
-        *TABLE,
-        (f"{NECK}.3.conv_1x1", f"{NECK_HUGGINGFACE}.3.proj1"),
-        (f"{NECK}.3.conv_3x3", f"{NECK_HUGGINGFACE}.3.proj2"),
-    ):
-        if old.startswith(NECK):
-            table[old.replace(NECK, NECK_OFFICIAL)] = new.replace(
-                NECK_HUGGINGFACE, NECK_TRANSFORMERS
-            )
+    for old, new in TRACKER_TEMPLATES:
+        for i in range(_STACK if "{layer}" in old else 1):
+            table[old.replace("{layer}", str(i))] = new.replace("{layer}", str(i))
     return table
 
 
@@ -149,26 +135,12 @@ def _layers() -> Iterator[tuple[str, str]]:
         yield from ((f"{old}.linear{k}", f"{new}.linear{k}") for k in (1, 2))
         yield from ((f"{old}.norm{k}", f"{new}.layer_norm{k}") for k in (1, 2, 3))
 
-        old, new = (
-            f"sam_mask_decoder.transformer.layers.{i}",
-            f"mask_decoder.transformer.layers.{i}",
-        )
-        for part in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
-            yield from attention(f"{old}.{part}", f"{new}.{part}")
-        yield f"{old}.mlp.lin1", f"{new}.mlp.proj_in"
-        yield f"{old}.mlp.lin2", f"{new}.mlp.proj_out"
-        yield from ((f"{old}.norm{k}", f"{new}.layer_norm{k}") for k in (1, 2, 3, 4))
-
         old, new = f"maskmem_backbone.fuser.layers.{i}", f"memory_encoder.memory_fuser.layers.{i}"
         yield f"{old}.gamma", f"{new}.scale"
         yield f"{old}.norm", f"{new}.layer_norm"
         yield f"{old}.dwconv", f"{new}.depthwise_conv"
         yield from ((f"{old}.pwconv{k}", f"{new}.pointwise_conv{k}") for k in (1, 2))
 
-        yield from mlp(
-            f"sam_mask_decoder.output_hypernetworks_mlps.{i}",
-            f"mask_decoder.output_hypernetworks_mlps.{i}",
-        )
     for i in range(4):
         old, new = (
             "maskmem_backbone.mask_downsampler.encoder",
@@ -176,10 +148,6 @@ def _layers() -> Iterator[tuple[str, str]]:
         )
         yield f"{old}.{3 * i}", f"{new}.conv"
         yield f"{old}.{3 * i + 1}", f"{new}.layer_norm"
-    decoder = "sam_mask_decoder.transformer.final_attn_token_to_image"
-    yield from attention(decoder, decoder.removeprefix("sam_"))
-    for name in ("iou_prediction_head", "pred_obj_score_head"):
-        yield from mlp(f"sam_mask_decoder.{name}", f"mask_decoder.{name}")
     yield from mlp("obj_ptr_proj", "object_pointer_proj")
 
 

@@ -6,58 +6,71 @@ never lies in memory twice; `to_flax` and `to_torch` are the same on arrays.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from convert import tracker
+from convert.layouts import LAYOUTS
 from convert.names import (
     CLASS_POSITION,
-    common_dtype,
     from_huggingface,
     huggingface_shapes,
     to_huggingface,
     with_text_model,
 )
 from sam3jax.config import ModelConfig
-from sam3jax.model.init import parameter_shapes
-from sam3jax.weights.names import TEXT, Entry, carried_shapes, entries
+from sam3jax.errors import UserError
+from sam3jax.weights.names import (
+    DEFAULT_PARTS,
+    DETECTOR_PART,
+    TEXT,
+    Entry,
+    carried_shapes,
+    entries,
+    parts_of,
+)
+from sam3jax.weights.parts import live_parts, stacked_leaves, torch_shape, torch_shapes
 from sam3jax.weights.tensor_file import Tensor, is_float
 from sam3jax.weights.tree import Path, flatten, unflatten
 
-LAYOUTS = ("official", "huggingface")
 
-
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """Tensors do not fit the model; the message lists all of them and says what to do."""
 
 
-@functools.cache
-def leaf_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
-    """Shape of every leaf of the parameter tree, by path."""
-    leaves = jax.tree.leaves_with_path(parameter_shapes(config))
-    return {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
-
-
 def to_flax(
-    tensors: Mapping[str, np.ndarray], config: ModelConfig, *, layout: str = "official"
+    tensors: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    *,
+    layout: str = "official",
+    parts: tuple[str, ...] = DEFAULT_PARTS,
 ) -> dict[str, Any]:
     """The parameter tree from the tensors of a bare detector, by their names in `layout`; dtype as given.
+
+    parts: what becomes live, see sam3jax.weights.names; the tracker's tensors stand among the others
+    as `tracker....` (transformers: `tracker_model....`, `tracker_neck....`).
 
     Raises ConversionError that names every missing, surplus and misshapen tensor at once. Tensors
     that reach no output (`carried_shapes`) may be there or not; they have no place in the tree.
     """
     lazy = {name: Tensor.of(np.asarray(array)) for name, array in tensors.items()}
+    others = tuple(part for part in parts if part != DETECTOR_PART)
+    beside = {n: lazy.pop(n) for n in list(lazy) if others and tracker.is_tracker(n)}
     lost: list[str] = []
     stored = None
     if _checked(layout) == "huggingface":
         stored = {with_text_model(name): tensor for name, tensor in lazy.items()}
         lazy, lost = from_huggingface(lazy)
+        beside = tracker.to_official(beside)
     known = {entry.torch for entry in entries(config)} | set(carried_shapes(config))
     lost += [name for name in lazy if name not in known and not name.endswith("freqs_cis")]
     leaves = flax_tensors(lazy, config, carried=lazy, surplus=lost, stored=stored)
+    try:
+        leaves |= live_parts({}, beside, config, others, "this model")
+    except UserError as error:
+        raise ConversionError(str(error)) from error
     return unflatten({path: leaf.read() for path, leaf in leaves.items()})
 
 
@@ -70,6 +83,8 @@ def to_torch(
 ) -> dict[str, np.ndarray]:
     """The tensors of a bare detector, by their names in `layout`, from the parameter tree.
 
+    Live tensors of the tracker and its neck stand among them as `to_flax` takes them.
+
     `carried` are the tensors that reach no output, as they came, by official name; absent ones are
     written as zeros. The RoPE tables that torch stores beside the weights (`freqs_cis`) come from
     convert.sizes.rope_tables; the official layout without them loads with `strict=False`.
@@ -78,7 +93,8 @@ def to_torch(
     extra = {name: Tensor.of(np.asarray(array)) for name, array in (carried or {}).items()}
     out = torch_tensors(leaves, config, extra)
     if _checked(layout) == "huggingface":
-        out = to_huggingface(out)[0]
+        beside = {n: out.pop(n) for n in list(out) if tracker.is_tracker(n)}
+        out = to_huggingface(out)[0] | tracker.to_huggingface(beside)[0]
     return {name: np.ascontiguousarray(tensor.read()) for name, tensor in out.items()}
 
 
@@ -98,11 +114,7 @@ def flax_tensors(
     problems = misfits(tensors, config, carried=carried, surplus=surplus, stored=stored)
     if any(problems.values()):
         raise ConversionError(report(problems))
-    parts: dict[Path, dict[tuple[int, ...], tuple[Entry, Tensor]]] = {}
-    for entry in entries(config):
-        parts.setdefault(entry.path, {})[entry.slot] = (entry, tensors[entry.torch])
-    shapes = leaf_shapes(config)
-    return {path: _leaf(shapes[path], found) for path, found in parts.items()}
+    return stacked_leaves(tensors, config)
 
 
 def misfits(
@@ -130,9 +142,7 @@ def misfits(
         elif live and not is_float(tensor.dtype):
             problems["misshapen"].append(f"{name} is {tensor.dtype}, expected a floating dtype")
 
-    shapes = leaf_shapes(config)
-    wanted = {e.torch: torch_shape(e, shapes[e.path][len(e.slot) :]) for e in entries(config)}
-    for name, want in wanted.items():
+    for name, want in torch_shapes(config).items():
         if stored is None:
             check(name, tensors.get(name), want, True)
         else:
@@ -145,7 +155,7 @@ def misfits(
     for name, want in dead.items():
         parts = huggingface_shapes(name, want) if stored is not None else {}
         for part, shape in parts.items():
-            check(part, stored.get(part), shape, False)
+            check(part, (stored or {}).get(part), shape, False)
         if not parts:
             check(name, carried.get(name), want, False)
     check(CLASS_POSITION, carried.get(CLASS_POSITION), (1, 1, config.vit_dim), False)
@@ -157,27 +167,29 @@ def torch_tensors(
     config: ModelConfig,
     carried: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of a bare detector by official name, unread, in checkpoint order, dead ones last.
+    """The tensors of a model by official name, unread, in checkpoint order: the detector's, bare, then
+    its dead ones, then those of the other live parts.
 
     Dead tensors are taken from `carried`; absent ones are zeros in the dtype of the weights.
     """
     carried = carried or {}
-    owners: dict[str, list[Entry]] = {}
-    for entry in entries(config):
-        owners.setdefault(entry.torch, []).append(entry)
-    out = {name: _torch_tensor(found, leaves) for name, found in owners.items()}
+    out = part_tensors(leaves, config, DEFAULT_PARTS)
     positions = next(name for name in out if CLASS_POSITION.startswith(name))
     dtype = out[positions].dtype
     for name, shape in carried_shapes(config).items():
         out[name] = carried.get(name) or Tensor.of(np.zeros(shape, dtype))
-    return out
+    others = [part for part in parts_of(path[0] for path in leaves) if part != DETECTOR_PART]
+    return out | part_tensors(leaves, config, others)
 
 
-def torch_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the whole torch tensor of which `shape` is this entry's array in Flax."""
-    # A broadcast scalar has the shape and takes no memory.
-    back = entry.write(np.broadcast_to(np.int8(0), shape)).shape
-    return back if entry.third is None else (3 * back[0], *back[1:])
+def part_tensors(
+    leaves: Mapping[Path, Tensor], config: ModelConfig, parts: Iterable[str]
+) -> dict[str, Tensor]:
+    """The tensors of these parts by official name, unread."""
+    owners: dict[str, list[Entry]] = {}
+    for entry in entries(config, parts):
+        owners.setdefault(entry.torch, []).append(entry)
+    return {name: _torch_tensor(found, leaves) for name, found in owners.items()}
 
 
 def narrowed(
@@ -186,24 +198,6 @@ def narrowed(
     """{torch name: dtype} of the tensors whose leaf is wider than they are, to be undone on the way back."""
     found = {entry.torch: leaves[entry.path].dtype for entry in entries(config)}
     return {n: str(tensors[n].dtype) for n, dtype in found.items() if tensors[n].dtype != dtype}
-
-
-def _leaf(shape: tuple[int, ...], parts: Mapping[tuple[int, ...], tuple[Entry, Tensor]]) -> Tensor:
-    """One leaf of the tree; its layers are read, turned and stacked when asked for."""
-    dtype = common_dtype({tensor.dtype for _, tensor in parts.values()})
-    depth = len(next(iter(parts)))
-
-    def get(slot: tuple[int, ...]) -> np.ndarray:
-        if len(slot) >= depth:
-            entry, tensor = parts[slot[:depth]]
-            return entry.read(tensor.read())[slot[depth:]]
-        out = np.empty(shape[len(slot) :], dtype)
-        for place, (entry, tensor) in parts.items():
-            if place[: len(slot)] == slot:
-                out[place[len(slot) :]] = entry.read(tensor.read())
-        return out
-
-    return Tensor(shape, dtype, get)
 
 
 def _torch_tensor(found: list[Entry], leaves: Mapping[Path, Tensor]) -> Tensor:

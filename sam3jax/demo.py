@@ -16,27 +16,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("demo"))
 
 from sam3jax.config import load_config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.shapes import shapes_dataset
+from sam3jax.errors import exit_status
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
 from sam3jax.inference.detector import Detector
+from sam3jax.options import parse
 from sam3jax.train import train
 from sam3jax.training.mesh import local_mesh
 from sam3jax.viewing import draw
 from sam3jax.weights.run_folder import Run, read_run
 
-CONFIG = "configs/demo.yaml"
 NEW, OLD = "new", "seen"  # groups of concepts, sam3jax.data.shapes; OLD is what the base was taught
 PICTURES = {NEW: 100, OLD: 40}
 SEED = 7  # of these pictures: no setting of the demo was chosen by looking at them
@@ -109,25 +112,11 @@ def _print(results: dict[str, Any], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m sam3jax.demo", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--config", default=CONFIG, help=f"default: {CONFIG} of the repository")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args(arguments)
-    try:
-        results = demo(options.config, options.overrides)
-    except ValueError as error:
-        if type(error) is ValueError:
-            raise  # ours are subclasses; a plain one is a defect and keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the demo as the command line says; returns the exit status."""
+    options = parse("demo", arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    results = demo(options.config, options.overrides)
     _print(results, Path(load_config(options.config, options.overrides).output))
-    return 0
-
-
-if __name__ == "__main__":
-    # On a CPU two devices train the tiny model in three quarters of one's time. Always two: another
-    # number adds in another order, and the table differs a little. Accelerators are not concerned.
-    jax.config.update("jax_num_cpu_devices", 2)
-    sys.exit(main())

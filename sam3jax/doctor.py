@@ -17,16 +17,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3jax.config import Config, ConfigError, load_config
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("doctor"))
+
+from sam3jax.config import Config, load_config
 from sam3jax.data.datasets import open_datasets, prepare_datasets, reading_of
 from sam3jax.data.describe import compare, describe
 from sam3jax.data.folders import ONLY, find_splits, match_split, read_dataset
-from sam3jax.data.importers import FORMATS, import_dataset
+from sam3jax.data.importers import import_dataset
 from sam3jax.data.ledger import DataError
 from sam3jax.data.pictures import is_black
 from sam3jax.data.records import Dataset
 from sam3jax.data.statistics import category_table, same_pictures, summary
+from sam3jax.errors import exit_status
 from sam3jax.files import FileError, make_folder, write_json
+from sam3jax.options import parse
 from sam3jax.viewing.data_sheets import choose, contact_sheet, histograms
 
 __all__ = ["describe", "main"]
@@ -36,16 +43,18 @@ _SAME = 5  # equal pictures that are named
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_intermixed_args(arguments)
-    try:
-        if options.format:
-            return _import(options)
-        config = load_config(None, options.overrides)
-        data = config.data.model_copy(update={"train": options.data})
-        return examine(config.model_copy(update={"data": data}), options.data, options)
-    except (DataError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Look at a data set, or import one, as the command line says; returns the exit status."""
+    options = parse("doctor", arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.format:
+        return _import(options)
+    config = load_config(None, options.overrides)
+    path = str(options.data)
+    data = config.data.model_copy(update={"train": path})
+    return examine(config.model_copy(update={"data": data}), path, options)
 
 
 def examine(config: Config, path: str, options: argparse.Namespace) -> int:
@@ -185,24 +194,3 @@ def _import(options: argparse.Namespace) -> int:
     for line in import_dataset(options.format, Path(options.data), Path(options.out)):
         print(line)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sam3jax.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("data", help="folder with pictures and COCO JSON, or the JSON itself")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for train")
-    parser.add_argument(
-        "--decode", action="store_true", help="decode every picture, not only headers"
-    )
-    parser.add_argument("--output", default="doctor", metavar="DIR", help="default: doctor")
-    parser.add_argument("--import", dest="format", choices=FORMATS, help="convert this format")
-    parser.add_argument("--out", metavar="COCO_DIR", help="where --import writes")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,18 +11,24 @@ The command writes into the run folder (or --output)
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("evaluate"))
+
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.pictures import DataError
+from sam3jax.errors import exit_status
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.comparison import compare, summary, write_evaluation
 from sam3jax.files import make_folder, write_json
 from sam3jax.inference.detector import Detector
+from sam3jax.options import parse
 from sam3jax.training.mesh import local_mesh
 from sam3jax.weights.run_folder import Run, read_run
 
@@ -30,18 +36,15 @@ _WORSE = 0.05  # of AP50: more than luck
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        run = read_run(options.run)
-        dataset = _dataset(run, options.data, options.split)
-        report = evaluate_command(run, dataset, options)
-    except ValueError as error:
-        if type(error) is ValueError:
-            raise  # ours are subclasses; a plain one is a defect and keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    _print(report)
-    return 0
+    """Evaluate as the command line says; returns the exit status."""
+    options = parse("evaluate", arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    run = read_run(options.run)
+    dataset = _dataset(run, options.data, options.split)
+    _print(evaluate_command(run, dataset, options))
 
 
 def evaluate_command(run: Run, dataset: Dataset, options: argparse.Namespace) -> dict[str, Any]:
@@ -111,22 +114,3 @@ def _print_metrics(report: Mapping[str, Any]) -> None:
         change = f"  base AP {old:.3f}" if old is not None else ""
         line = f"  {row['category'][:24]:<24} {row['instances']:>5} {text}"
         print(f"{line} {row['best_threshold']:5.2f}{change}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sam3jax.evaluate", description="Measure a run on a COCO data set."
-    )
-    parser.add_argument("--run", required=True, help="run folder")
-    parser.add_argument("--data", help="COCO folder; default: the run's validation data")
-    parser.add_argument("--split", help="default: the run's validation split")
-    parser.add_argument("--base", action="store_true", help="the model that the run started from")
-    parser.add_argument("--compare", action="store_true", help="base against tuned")
-    parser.add_argument("--probe", metavar="DATA", help="second data set that must not degrade")
-    parser.add_argument("--probe-split", default="valid", metavar="SPLIT")
-    parser.add_argument("--output", help="folder to write into; default: the run folder")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

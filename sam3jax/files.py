@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from sam3jax.errors import UserError
 
-class FileError(ValueError):
+
+class FileError(UserError):
     """A file cannot be read or written; the message says what was found and what to do."""
 
 

@@ -14,15 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("predict"))
+
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3jax.data.folders import PICTURES
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
+from sam3jax.errors import exit_status
 from sam3jax.files import make_folder, write_text
 from sam3jax.inference.full_size import Detections
-from sam3jax.predict_video import add_options, predict_videos, wants_video
+from sam3jax.options import parse
+from sam3jax.predict_video import predict_videos, wants_video
 from sam3jax.training.mesh import local_mesh
 from sam3jax.video.chunks import ChunkOptions
 from sam3jax.viewing.predictor import Predictor, PromptError
@@ -54,27 +61,25 @@ def find_pictures(patterns: Iterable[str]) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: all done; 1: some pictures failed, each named; 2: nothing could be done."""
-    options = _parser().parse_args(arguments)
-    try:
-        if not options.phrase and not options.box:
-            raise PromptError("nothing to look for: give --phrase, or --box around an example")
-        film = wants_video(options)
-        files = options.pictures if film else find_pictures(options.pictures)
-        if film and (options.box or options.negative_box or not options.phrase):
-            raise PromptError("a video is asked with --phrase; boxes are for pictures")
-        predictor = (
-            Predictor.from_model_folder(options.model, mesh=local_mesh())
-            if options.model
-            else Predictor.from_run(options.run, base=options.base, mesh=local_mesh())
-        )
-        for phrase in options.phrase or [VISUAL]:
-            predictor.check_phrase(phrase)
-        output = make_folder(options.output)
-    except ValueError as error:
-        if type(error) is ValueError:
-            raise  # ours are subclasses; a plain one is a defect and keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parse("predict", arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if not options.phrase and not options.box:
+        raise PromptError("nothing to look for: give --phrase, or --box around an example")
+    film = wants_video(options)
+    files = options.pictures if film else find_pictures(options.pictures)
+    if film and (options.box or options.negative_box or not options.phrase):
+        raise PromptError("a video is asked with --phrase; boxes are for pictures")
+    predictor = (
+        Predictor.from_model_folder(options.model, mesh=local_mesh())
+        if options.model
+        else Predictor.from_run(options.run, base=options.base, mesh=local_mesh())
+    )
+    for phrase in options.phrase or [VISUAL]:
+        predictor.check_phrase(phrase)
+    output = make_folder(options.output)
     if film:
         chunk = ChunkOptions()._replace(frames_per_device=options.frames_per_device)
         asked = predictor.of_videos(threshold=options.threshold, options=chunk)
@@ -186,44 +191,3 @@ def _free_name(file: Path, taken: set[str]) -> str:
         name = f"{file.stem}_{number}.png"
     taken.add(name.lower())
     return name
-
-
-def _box(text: str) -> list[float]:
-    try:
-        values = [float(v) for v in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) != 4:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected left,top,width,height in pixels, for example 40,30,100,80"
-        )
-    return values
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sam3jax.predict", description="Find phrases in pictures."
-    )
-    parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", help="run folder")
-    source.add_argument("--model", help="model folder, as python -m convert writes it")
-    parser.add_argument("--base", action="store_true", help="the model that the run started from")
-    parser.add_argument(
-        "--phrase", action="append", default=[], help="what to look for; may be repeated"
-    )
-    parser.add_argument(
-        "--box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="like this"
-    )
-    parser.add_argument(
-        "--negative-box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="not this"
-    )
-    parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
-    parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
-    parser.add_argument("--no-overlay", action="store_true", help="JSON only")
-    add_options(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,18 +39,11 @@ def wants_video(options: argparse.Namespace) -> bool:
     return options.video or any(is_film(path) for path in options.pictures)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of videos, for the parser of `predict`."""
-    video = parser.add_argument_group("videos")
-    video.add_argument("--video", action="store_true", help="each folder named is one video")
-    video.add_argument("--reverse", action="store_true", help="from the last frame to the first")
-    video.add_argument(
-        "--frames-per-device", type=int, default=1, metavar="N", help="at a time, default 1"
-    )
-
-
 def predict_videos(
-    predictor: VideoPredictor, paths: Sequence[str], options: argparse.Namespace, output: Path
+    predictor: VideoPredictor,
+    paths: Sequence[str | Path],
+    options: argparse.Namespace,
+    output: Path,
 ) -> int:
     """Ask every phrase of every video and write the files; how many videos failed, each named."""
     names: set[str] = set()

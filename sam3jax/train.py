@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
+
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("train"))
 
 import jax
 
 from sam3jax.config import Config, load_config
+from sam3jax.errors import exit_status
 from sam3jax.files import write_json
+from sam3jax.options import parse
 from sam3jax.tasks import TASKS
 from sam3jax.training.log import RunLog
 from sam3jax.training.mesh import (
@@ -153,35 +159,13 @@ def _log_step(log, pending, timer: Timer, schedule, config: Config) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m sam3jax.train", description="Train a SAM 3 detector."
-    )
-    parser.add_argument("--config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    hosts = parser.add_argument_group(
-        "many hosts", "the same command on each; the run folder on a disk that all of them see"
-    )
-    hosts.add_argument(
-        "--distributed",
-        action="store_true",
-        help="the cluster (Slurm, MPI, TPU, ...) says the rest",
-    )
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
-    hosts.add_argument("--num-processes", type=int)
-    hosts.add_argument("--process-id", type=int, help="0, 1, ...")
-    options = parser.parse_args(arguments)
-    try:
-        others = options.coordinator, options.num_processes, options.process_id
-        if options.distributed or others != (None, None, None):
-            join(*others)
-        train(load_config(options.config, options.overrides))
-    except ValueError as error:
-        if type(error) is ValueError:
-            raise  # ours are subclasses; a plain one is a defect and keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Train as the command line says; returns the exit status."""
+    options = parse("train", arguments)
+    return exit_status(lambda: _run(options))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _run(options: argparse.Namespace) -> None:
+    others = options.coordinator, options.num_processes, options.process_id
+    if options.distributed or others != (None, None, None):
+        join(*others)
+    train(load_config(options.config, options.overrides))

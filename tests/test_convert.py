@@ -19,12 +19,13 @@ from convert import to_flax, to_torch
 from convert.__main__ import main
 from convert.files import read_checkpoint, to_torch_tensor
 from convert.sizes import HUGGINGFACE_SWITCHES
-from convert.weights import ConversionError, leaf_shapes
+from convert.weights import ConversionError
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.files import FileError
 from sam3jax.weights.model_folder import load_model_folder, save_model_folder
 from sam3jax.weights.names import carried_shapes, entries
+from sam3jax.weights.parts import leaf_shapes
 from sam3jax.weights.tensor_file import Tensor, read_header, write_tensors
 from sam3jax.weights.tree import unflatten
 
@@ -52,9 +53,9 @@ def checkpoint(tmp_path, tensors) -> Path:
 def refused(capsys, *arguments: object) -> str:
     """The sentence on stderr; the command must fail and say nothing of a traceback."""
     capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 1
+    assert main([str(a) for a in arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("convert: ")
+    assert said.startswith("error: ")
     assert "Traceback" not in said
     return said
 

@@ -13,10 +13,11 @@ from convert.__main__ import main
 from convert.files import read_checkpoint, to_torch_tensor
 from convert.sizes import infer_config, rope_tables
 from convert.torch_to_jax import find_tokenizer
-from convert.weights import ConversionError, entries, leaf_shapes, torch_shape
+from convert.weights import ConversionError, entries
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError
 from sam3jax.weights.model_folder import open_model_folder
+from sam3jax.weights.parts import leaf_shapes, torch_shape
 from sam3jax.weights.tensor_file import Tensor, read_tensors
 from sam3jax.weights.tree import unflatten
 
@@ -60,10 +61,10 @@ def refused(capsys, content: dict | Path, tmp_path: Path, *settings: str) -> str
         torch.save(content, src)
     capsys.readouterr()
     given = [word for setting in settings for word in ("--set", setting)]
-    assert main(["torch-to-jax", "--src", str(src), "--out", str(tmp_path / "out"), *given]) == 1
+    assert main(["torch-to-jax", "--src", str(src), "--out", str(tmp_path / "out"), *given]) == 2
     assert not (tmp_path / "out").exists()
     said = capsys.readouterr().err
-    assert said.startswith("convert: ")
+    assert said.startswith("error: ")
     main(["inspect", str(src), *given])
     return said
 
@@ -329,7 +330,7 @@ def test_settings_that_are_no_numbers_are_named(tensors, tmp_path, capsys, setti
 
 
 def test_a_setting_that_is_no_yaml_is_named(tensors, tmp_path, capsys):
-    assert "no readable value" in refused(capsys, tensors, tmp_path, "image_size=[")
+    assert "not readable YAML" in refused(capsys, tensors, tmp_path, "image_size=[")
 
 
 @pytest.mark.parametrize(

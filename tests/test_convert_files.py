@@ -16,11 +16,11 @@ torch = pytest.importorskip("torch", reason="checkpoints are torch's")
 from convert import to_torch
 from convert.__main__ import main
 from convert.files import CARRIED, read_checkpoint
-from convert.weights import leaf_shapes
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import build_byte_tokenizer
 from sam3jax.files import FileError, whole
 from sam3jax.weights.model_folder import load_model_folder, save_model_folder
+from sam3jax.weights.parts import leaf_shapes
 from sam3jax.weights.tensor_file import Tensor, read_tensors, to_dtype, write_tensors
 from sam3jax.weights.tree import unflatten
 
@@ -62,9 +62,9 @@ def run(*arguments: object) -> None:
 def refused(capsys, *arguments: object) -> str:
     """The sentence on stderr; the command must fail and leave nothing of its own."""
     capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 1
+    assert main([str(a) for a in arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("convert: ")
+    assert said.startswith("error: ")
     assert said.count("\n") == 1
     return said
 

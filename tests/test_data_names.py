@@ -118,7 +118,7 @@ def test_phrases_that_rename_to_another_case_merge(folder):
 
 def test_empty_phrases_are_refused(folder):
     for data in ({"phrases": {"dog": " "}}, {"negative_phrases": [""]}):
-        with pytest.raises(ConfigError, match="a phrase is empty"):
+        with pytest.raises(ConfigError, match="expected some text"):
             config_of(folder, **data)
 
 

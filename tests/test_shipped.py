@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sam3jax.config import parse_config
+from sam3jax.config import ConfigError, load_config, parse_config
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.data.shapes import shapes_dataset
@@ -66,3 +66,15 @@ def test_a_name_that_is_not_shipped_is_an_error_that_names_what_is():
         open_model_folder("shipped:nothing")
     assert is_model_folder(NAME)
     assert json.loads((locate(NAME) / "config.json").read_text())["version"] == 1
+
+
+@pytest.mark.parametrize("words", [["model.image_size=84"], ["model.image_size=252", "model.preset=tiny"]])  # fmt: skip
+def test_the_picture_size_is_checked_against_the_window_of_the_weights(words):
+    found = open_base(load_config(None, ["init=shipped:tiny_shapes", *words])).config.model
+    assert found.window_size == 6
+    assert f"model.image_size={found.image_size}" in words
+    wrong = load_config(None, ["init=shipped:tiny_shapes", "model.image_size=336", "model.patch_size=7"])  # fmt: skip
+    with pytest.raises(ConfigError, match="patch_size 14"):
+        open_base(wrong)
+    with pytest.raises(ConfigError, match="use a multiple of 84"):
+        open_base(load_config(None, ["init=shipped:tiny_shapes", "model.image_size=1000"]))

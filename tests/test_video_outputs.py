@@ -16,6 +16,7 @@ from sam3jax.data.coco import decode_mask
 from sam3jax.data.frames import Film, FrameFiles
 from sam3jax.data.pictures import DataError
 from sam3jax.data.video_folders import read_videos
+from sam3jax.options import parse
 from sam3jax.predict import Predictor, PromptError
 from sam3jax.predict_video import predict_videos
 from sam3jax.video.association import Rules
@@ -149,7 +150,7 @@ def test_a_video_is_asked_frame_by_frame_both_ways(predictor):
 
 
 def options_of(*more: str):
-    return predict._parser().parse_args(["x.mp4", "--run", "R", "--phrase", "cat", *more])
+    return parse("predict", ["x.mp4", "--run", "R", "--phrase", "cat", *more])
 
 
 def test_the_command_writes_a_folder_for_each_video(predictor, tmp_path, capsys):

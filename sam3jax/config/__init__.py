@@ -1,21 +1,14 @@
-"""The configuration of a run: sections and presets (`schema`), reading and errors (`loading`)."""
+"""The configuration of a run: the sections (`schema`, `model`, `loss`), reading them (`loading`), and the
+list of all settings (`settings`)."""
 
-from sam3jax.config.schema import (
-    PRESETS,
-    Config,
-    ConfigError,
-    DataConfig,
-    EvalConfig,
-    LoraConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from sam3jax.config.clicks import ClicksConfig
+from sam3jax.config.loading import dump_config, explain, load_config, parse_config, read_settings
+from sam3jax.config.loss import LossConfig
+from sam3jax.config.model import PRESETS, LoraConfig, ModelConfig
+from sam3jax.config.schema import Config, DataConfig, EvalConfig, OptimConfig
+from sam3jax.config.section import ConfigError
 
 __all__ = [
-    "PRESETS", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
-    "OptimConfig", "dump_config", "load_config", "parse_config",
+    "PRESETS", "ClicksConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
+    "OptimConfig", "dump_config", "explain", "load_config", "parse_config", "read_settings",
 ]  # fmt: skip

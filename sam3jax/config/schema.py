@@ -1,358 +1,203 @@
-"""The configuration: every setting of a run, typed, documented field by field, unknown keys refused.
+"""The configuration of a run: every setting typed, bounded and documented; unknown keys refused.
 
-A run is described by one YAML file plus `key=value` on the command line (`load_config`). The parts
-that a jitted function needs (model, loss, LoRA) are frozen and hashable and go straight into it.
+The parts that a jitted function needs (model, loss, LoRA) are frozen and hashable and go straight into
+it. What a file or a command line says is read in `loading`.
 """
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-
-class ConfigError(ValueError):
-    """A setting is wrong; the message names it, says what was expected and what to do."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class ModelConfig(_Section):
-    """Widths, depths and switches of the detector. The defaults are the published SAM 3."""
-
-    preset: Literal["sam3", "tiny"] = Field(
-        "sam3", description="sizes to start from; other keys override it"
-    )
-    image_size: int = Field(1008, description="edge of the square picture the model sees, pixels")
-    patch_size: int = 14
-    pretrain_image_size: int = Field(
-        336, description="picture edge of the absolute positions, pixels"
-    )
-    window_size: int = Field(24, description="edge of an attention window, patches")
-    vit_dim: int = 1024
-    vit_stages: int = Field(
-        4, description="each stage is windowed blocks followed by one global block"
-    )
-    vit_stage_blocks: int = Field(8, description="blocks per stage, the last one attends globally")
-    vit_heads: int = 16
-    vit_mlp_ratio: float = 4.625
-    vit_norm_eps: float = Field(1e-5, description="1e-5 in sam3, 1e-6 in transformers")
-    text_dim: int = 1024
-    text_layers: int = 24
-    text_heads: int = 16
-    vocab_size: int = 49408
-    text_length: int = Field(32, description="tokens of a phrase, start and end included")
-    dim: int = Field(256, description="width of everything behind the backbone")
-    ffn: int = 2048
-    heads: int = 8
-    fusion_layers: int = 6
-    decoder_layers: int = 6
-    geometry_layers: int = 3
-    queries: int = Field(
-        200, description="one-to-one queries; training adds as many one-to-many ones"
-    )
-    dropout: float = Field(
-        0.1, description="in fusion, decoder, geometry and scorer; training only"
-    )
-    drop_path: float = Field(
-        0.1, description="stochastic depth of the last ViT block, rising from 0"
-    )
-    geometry_without_boxes: bool = Field(
-        True,
-        description="run the geometry encoder (class token) also when a prompt has no box; transformers does not",
-    )
-    clamp_presence: bool = Field(
-        False, description="clamp presence logits to +-10, as transformers does"
-    )
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _start_from_preset(cls, values: Any) -> Any:
-        return (
-            {**PRESETS.get(values.get("preset", "sam3"), {}), **values}
-            if isinstance(values, dict)
-            else values
-        )
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.image_size % (self.patch_size * self.window_size):
-            step = self.patch_size * self.window_size
-            raise ValueError(
-                f"image_size {self.image_size} does not divide into windows of {self.window_size} patches of "
-                f"{self.patch_size} px: use a multiple of {step}"
-            )
-        for width, heads in (
-            ("vit_dim", "vit_heads"),
-            ("text_dim", "text_heads"),
-            ("dim", "heads"),
-        ):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(
-                    f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
-                )
-        if (self.vit_dim // self.vit_heads) % 4:
-            raise ValueError(
-                f"head width {self.vit_dim // self.vit_heads} of the ViT must be a multiple of 4 (2-d RoPE)"
-            )
-        return self
-
-    @property
-    def grid(self) -> int:
-        """Patches along an edge of the picture."""
-        return self.image_size // self.patch_size
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "sam3": {},
-    "tiny": dict(
-        image_size=168, pretrain_image_size=84, window_size=6, vit_dim=96, vit_stages=2, vit_stage_blocks=3, vit_heads=4,
-        vit_mlp_ratio=4.0, text_dim=64, text_layers=2, text_heads=4, vocab_size=1024, text_length=16, dim=64, ffn=256, heads=4,
-        fusion_layers=2, decoder_layers=3, geometry_layers=1, queries=20, dropout=0.0, drop_path=0.0,
-    ),
-}  # fmt: skip
-
-
-class LoraConfig(_Section):
-    """Which linear layers get a low-rank adapter. Patterns match torch layer names, layer by layer."""
-
-    enabled: bool = True
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0, description="the adapter's output is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input, training only")
-    targets: tuple[str, ...] = Field(
-        (
-            "backbone.vision_backbone.trunk.blocks.*.attn.*",
-            "backbone.vision_backbone.trunk.blocks.*.mlp.*",
-            "transformer.encoder.layers.*",
-            "transformer.decoder.layers.*",
-        ),
-        description="shell patterns over per-layer torch names; each must match at least one linear layer",
-    )
-
-
-class LossConfig(_Section):
-    """The published training loss under its published names (sam3.train.loss)."""
-
-    preset: Literal["segmentation", "published_boxes"] = Field(
-        "segmentation",
-        description="segmentation: with masks; published_boxes: the active published file",
-    )
-    # Matcher
-    cost_class: float = 2.0
-    cost_bbox: float = 5.0
-    cost_giou: float = 2.0
-    cost_alpha: float = 0.25
-    cost_gamma: float = 2.0
-    o2m_alpha: float = Field(0.3, description="one-to-many score: alpha * p + (1 - alpha) * IoU")
-    o2m_threshold: float = 0.4
-    o2m_topk: int = 4
-    # Boxes
-    loss_bbox: float = Field(5.0, description="weight of the L1 box loss")
-    loss_giou: float = 2.0
-    # IABCEMdetr
-    loss_ce: float = Field(20.0, description="weight of the classification loss")
-    presence_loss: float = 20.0
-    alpha: float = 0.25
-    gamma: float = 2.0
-    pos_weight: float = 10.0
-    pos_focal: bool = False
-    weak_loss: bool = Field(
-        False, description="no negatives from non-exhaustive prompts; ignores pad_n_queries"
-    )
-    pad_n_queries: int | None = 200
-    pad_scale_pos: float = 1.0
-    use_presence: bool = True
-    presence_alpha: float = 0.5
-    presence_gamma: float = 0.0
-    # Masks
-    masks: bool = True
-    loss_mask: float = 200.0
-    loss_dice: float = 10.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    mask_resolution: Literal["target", "prediction"] = Field(
-        "target",
-        description="where masks are compared; prediction: targets are sampled at the centres of the "
-        "predicted pixels, a twelfth of the pixels at full size",
-    )
-    num_sample_points: int | None = Field(
-        None, description="compare masks at sampled uncertain points instead"
-    )
-    oversample_ratio: float = 3.0
-    importance_sample_ratio: float = 0.75
-    mask_pairs: int | None = Field(
-        None,
-        description="masks compared per device and step at most, one-to-one first, the rest counted in "
-        "mask_pairs_dropped; None: every matched pair",
-    )
-    mask_chunk: int = Field(8, ge=1, description="masks drawn at a time")
-    # SemanticSegCriterion
-    semantic: bool = False
-    loss_semantic_seg: float = 20.0
-    loss_semantic_dice: float = 30.0
-    semantic_focal: bool = True
-    semantic_focal_alpha: float = 0.6
-    semantic_focal_gamma: float = 2.0
-    semantic_downsample: bool = True
-    semantic_positive_only: bool = Field(
-        True, description="average over prompts with a target (presence_head)"
-    )
-    # Sam3LossWrapper
-    aux: bool = Field(True, description="supervise every decoder layer, not only the last")
-    o2m: bool = True
-    o2m_weight: float = 2.0
-    use_o2m_matcher_on_o2m_aux: bool = False
-    normalization: Literal["global", "local", "none"] = Field(
-        "global",
-        description="N of box and mask losses: targets of the global batch, of this device, or 1",
-    )
-    normalize_by_valid_object_num: bool = False
-    normalize_by_stage_num: bool = Field(
-        False, description="divide the loss of clips by their number of frames"
-    )
-    scale_by_find_batch_size: bool = Field(
-        True, description="times the square root of the number of prompts"
-    )
-
-    @property
-    def reads_masks(self) -> bool:
-        """Whether any term compares with the targets' masks."""
-        return self.masks or self.semantic
-
-    @model_validator(mode="before")
-    @classmethod
-    def _start_from_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") == "published_boxes":
-            return {"masks": False, **values}
-        return values
-
+from sam3jax.config.clicks import ClicksConfig
+from sam3jax.config.loss import LossConfig
+from sam3jax.config.model import LoraConfig, ModelConfig, SizesFollow
+from sam3jax.config.section import BILLION, SEEDS, Section, Text
 
 STANDARD_AUGMENTATION: dict[str, Any] = dict(
     flip=True, crop=0.7, brightness=0.2, contrast=0.2, colour=0.2, grey=0.05, blur=1.0, noise=6.0
 )  # what data.augment=standard means
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the pictures are and what is asked of them."""
 
-    train: str | None = Field(
-        None, description="folder with pictures and COCO JSON, or 'shapes' for generated data"
+    train: Text | None = Field(
+        default=None,
+        description="Folder with pictures and COCO JSON, or `shapes` for generated pictures.",
     )
-    valid: str | None = Field(
-        None, description="the same for validation; None: the folder's own valid split, if any"
+    valid: Text | None = Field(
+        default=None,
+        description="The same for validation. null: the folder's own valid split, if it has one.",
     )
-    train_split: str = Field("train", description="split of a Roboflow or classic COCO folder")
-    valid_split: str = Field("valid", description="the same for validation")
+    train_split: Text = Field(
+        default="train", description="Split of the COCO folder to train on (Roboflow or classic)."
+    )
+    valid_split: Text = Field(
+        default="valid", description="Split of the COCO folder to validate on."
+    )
     allow_outside: bool = Field(
-        False,
-        description="read pictures that names or links of the data lead to outside its folder",
+        default=False,
+        description="Read pictures that names or links of the data lead to outside its folder.",
     )
     window: tuple[float, float] | None = Field(
-        None,
-        description="values that become black and white in pictures of more than eight bits; None: "
-        "what each picture holds",
+        default=None,
+        strict=False,
+        description="Values that become black and white, in pictures of more than eight bits. null: what each "
+        "picture holds.",
     )
     slices: Literal[1, 3] = Field(
-        1,
-        description="3: a slice and its two neighbours (of a stack, or by the number in the file name) "
-        "are the three channels",
+        default=1,
+        description="3: a slice and its two neighbours (of a stack, or by the number in the file name) are the "
+        "three channels.",
     )
     max_megapixels: float = Field(
-        150, gt=0, le=178, description="larger pictures are refused before they fill the memory"
+        default=150,
+        gt=0,
+        le=178,
+        description="Larger pictures are refused before they fill the memory.",
     )
     limit: int | None = Field(
-        None, ge=1, description="use only the first pictures of each split, to see whether they fit"
+        default=None,
+        ge=1,
+        le=BILLION,
+        description="Use only so many pictures of each split, the first ones. null: all.",
     )
-    phrases: dict[str, str] = Field(
-        {}, description="category name -> what to ask instead, for names like GlassBottle_Close"
+    phrases: dict[Text, Text] = Field(
+        default={},
+        description="Phrase to ask instead of a category name, for names like GlassBottle_Close.",
     )
     allow_missing_masks: bool = Field(
-        False, description="train masks though a category has boxes only (its boxes still train)"
+        default=False,
+        description="Train masks although a category has boxes only. Its boxes still train.",
     )
-    max_prompts: int = Field(4, ge=1, description="prompts per picture, negatives included")
-    positives: int | None = Field(
-        None,
+    max_prompts: int = Field(
+        default=4,
         ge=1,
-        description="present categories asked per picture at most, taking turns over the epochs; None: "
-        "as many as max_prompts has room for",
+        le=100_000,
+        description="Most prompts of a picture, negatives included.",
+    )
+    positives: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Most present categories asked of a picture; they take turns over the epochs. null: as many "
+        "as max_prompts has room for.",
     )
     negatives: int = Field(
-        1, ge=0, description="absent categories asked per picture, where there is room"
+        default=1,
+        ge=0,
+        le=100_000,
+        description="Absent categories asked of a picture, where there is room.",
     )
-    negative_phrases: tuple[str, ...] = Field(
-        (),
-        description="further phrases to ask as negatives: things that are in no training picture",
+    negative_phrases: tuple[Text, ...] = Field(
+        default=(),
+        strict=False,
+        description="Further phrases to ask as negatives: things that are in no training picture.",
     )
     max_targets: int | None = Field(
-        None, ge=1, description="targets per prompt; None: the most that the data has"
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Most targets of a prompt. null: the most that the data has.",
     )
-    exemplars: int = Field(0, ge=0, description="box exemplars per prompt at most")
+    exemplars: int = Field(
+        default=0, ge=0, le=10_000, description="Most example boxes of a prompt."
+    )
     exemplar_probability: float = Field(
-        0.5,
+        default=0.5,
         ge=0,
         le=1,
-        description="share of questions that show box exemplars, where exemplars > 0",
+        description="Share of the questions that show example boxes beside their phrase, where exemplars > 0.",
     )
     visual_probability: float = Field(
-        0.0, ge=0, le=1, description="ask with a box alone (phrase 'visual')"
-    )
-    flip: bool = Field(False, description="mirror half of the training pictures left to right")
-    turn: bool = Field(False, description="turn training pictures by 0, 90, 180 or 270 degrees")
-    crop: float = Field(
-        1.0, gt=0, le=1, description="smallest share of each edge that a random crop keeps; 1: none"
-    )
-    min_size: int | None = Field(
-        None,
-        ge=1,
-        description="smallest random edge, pixels; the rest is padded. None: no random size",
-    )
-    repeat_threshold: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=1,
-        description="pictures of a category that is in a smaller share of all pictures are shown more "
-        "often, by the square root of the ratio (repeat factor sampling, LVIS); 0: off",
+        description="Probability that a prompt is asked by example boxes alone (its phrase is `visual`).",
+    )
+    flip: bool = Field(
+        default=False, description="Mirror half of the training pictures left to right."
+    )
+    turn: bool = Field(
+        default=False, description="Turn training pictures by 0, 90, 180 or 270 degrees."
+    )
+    crop: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Smallest share of each edge that a random crop keeps. 1: no crop.",
+    )
+    min_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=16384,
+        description="Smallest random edge of a training picture, in pixels; the rest is padded. null: no random "
+        "size.",
+    )
+    repeat_threshold: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Pictures of a category that is in a smaller share of all pictures are shown more often, by "
+        "the square root of the ratio (repeat factor sampling of LVIS). 0: off.",
     )
     augment: Literal["off", "standard"] = Field(
-        "off",
-        description="standard: flip, crop and moderate colour, grey, blur and noise; other keys "
-        "override it",
+        default="off",
+        description="standard: flip, crop and moderate colour, grey, blur and noise; other keys override it.",
     )
     brightness: float = Field(
-        0.0, ge=0, le=1, description="brightness times 1 - this to 1 + this, training only"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Training pictures are made brighter or darker by a factor of 1 - this to 1 + this.",
     )
     contrast: float = Field(
-        0.0, ge=0, le=1, description="contrast around the picture's mean, the same way"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="The same for the contrast around the picture's mean.",
     )
-    colour: float = Field(0.0, ge=0, le=1, description="strength of colours, the same way")
-    grey: float = Field(0.0, ge=0, le=1, description="share of training pictures without colour")
+    colour: float = Field(
+        default=0.0, ge=0, le=1, description="The same for the strength of colours."
+    )
+    grey: float = Field(
+        default=0.0, ge=0, le=1, description="Share of training pictures without colour."
+    )
     blur: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=10,
-        description="largest radius, pixels of the model's picture; a quarter of the pictures",
+        description="Largest Gaussian radius, in pixels of the model's picture; a quarter of the pictures.",
     )
     noise: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=100,
-        description="largest standard deviation of noise, of 255 grey levels; a quarter of the pictures",
+        description="Largest standard deviation of noise, of 255 grey levels; a quarter of the pictures.",
     )
-    workers: int = Field(0, ge=0, le=256, description="loader processes; 0: in the main process")
+    workers: int = Field(
+        default=0, ge=0, le=256, description="Loader processes. 0: load in the main process."
+    )
     shapes_concepts: Literal["basic", "seen", "combinations", "new", "new_with_old", "all"] = Field(
-        "basic", description="phrases of the generated data, see sam3jax/data/shapes.py"
+        default="basic", description="Concepts of the generated pictures (sam3jax/data/shapes.py)."
     )
-    shapes_size: int = Field(256, ge=64, description="longer edge of generated pictures, pixels")
-    shapes_seed: int = Field(0, ge=0, description="another seed, other generated pictures")
-    shapes_train: int = Field(2000, ge=1, description="generated training pictures")
-    shapes_valid: int = Field(100, ge=1, description="generated validation pictures")
+    shapes_size: int = Field(
+        default=256,
+        ge=64,
+        le=4096,
+        description="Longer edge of a generated picture, in pixels.",
+    )
+    shapes_seed: int = Field(
+        default=0, ge=0, le=SEEDS, description="Seed of the generated pictures."
+    )
+    shapes_train: int = Field(
+        default=2000, ge=1, le=10_000_000, description="Generated training pictures."
+    )
+    shapes_valid: int = Field(
+        default=100, ge=1, le=10_000_000, description="Generated validation pictures."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -363,9 +208,6 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        phrases = [*self.phrases, *self.phrases.values(), *self.negative_phrases]
-        if not all(phrase.strip() for phrase in phrases):
-            raise ValueError("phrases and negative_phrases: a phrase is empty; give it words")
         if self.window is not None and not self.window[0] < self.window[1]:
             raise ValueError(
                 f"window {list(self.window)}: the first value, for black, must be below the second"
@@ -377,100 +219,240 @@ class DataConfig(_Section):
         return self
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """AdamW with warm-up, decay and clipping."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(
+        default=1e-4, gt=0, le=10, description="Learning rate after the warm-up."
+    )
     vision_scale: float = Field(
-        1.0, gt=0, description="learning rate of the vision backbone, relative"
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Learning rate of the vision backbone, as a multiple of learning_rate.",
     )
-    text_scale: float = Field(1.0, gt=0, description="learning rate of the text tower, relative")
+    text_scale: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Learning rate of the text tower, as a multiple of learning_rate.",
+    )
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="per ViT block, from the last block down"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from one ViT block to the one before it.",
     )
-    weight_decay: float = Field(0.1, ge=0, description="none on biases, norms and adapters' biases")
-    beta1: float = 0.9
-    beta2: float = 0.999
-    warmup_steps: int = Field(20, ge=0)
-    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "cosine"
-    timescale: int = Field(20, description="of inverse_sqrt, steps")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        le=100,
+        description="Decoupled weight decay. Biases, norms and biases of adapters have none.",
+    )
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="Decay of Adam's mean of the gradients."
+    )
+    beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="Decay of Adam's mean of the squared gradients."
+    )
+    warmup_steps: int = Field(
+        default=20,
+        ge=0,
+        le=BILLION,
+        description="Steps in which the learning rate rises from 0.",
+    )
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = Field(
+        default="cosine", description="Course of the learning rate after the warm-up."
+    )
+    timescale: int = Field(
+        default=20,
+        ge=1,
+        le=BILLION,
+        description="Steps after which inverse_sqrt begins to fall.",
+    )
     cooldown_steps: int = Field(
-        0, ge=0, description="linear to zero at the end (inverse_sqrt, constant)"
+        default=0,
+        ge=0,
+        le=BILLION,
+        description="Last steps, in which the learning rate falls linearly to 0.",
     )
-    clip_norm: float = Field(0.1, gt=0, description="global gradient norm")
+    clip_norm: float = Field(
+        default=0.1,
+        gt=0,
+        le=1e9,
+        description="Largest norm of the gradient; a larger one is scaled down.",
+    )
     ema: float = Field(
-        0.0, ge=0, lt=1, description="decay of averaged weights used for evaluation; 0: off"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the averaged weights that evaluation uses. 0: no average.",
     )
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """How predictions are made and counted, in validation, evaluate and predict alike."""
 
-    batch_size: int = Field(2, ge=1, description="pictures that a device looks at at once")
-    threshold: float = Field(0.5, ge=0, le=1, description="score of a detection worth showing")
+    batch_size: int = Field(
+        default=2, ge=1, le=100_000, description="Pictures that a device looks at at once."
+    )
+    threshold: float = Field(
+        default=0.5, ge=0, le=1, description="Score from which a detection is shown."
+    )
     max_detections: int = Field(
-        100,
+        default=100,
         ge=1,
-        description="per picture and phrase; evaluation keeps more where the data have more",
+        le=100_000,
+        description="Most detections of a picture and phrase. Evaluation keeps more where the data have more.",
     )
     score_floor: float = Field(
-        1e-3, ge=0, lt=1, description="weakest score that AP still looks at; the rest is not stored"
+        default=1e-3,
+        ge=0,
+        lt=1,
+        description="Smallest score that average precision looks at. Weaker detections are not stored.",
     )
-    mask_threshold: float = Field(0.5, gt=0, lt=1)
+    mask_threshold: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Probability from which a pixel belongs to a mask.",
+    )
     nms: float | None = Field(
-        None, description="mask IoU above which the weaker of two detections is dropped"
+        default=None,
+        ge=0,
+        le=1,
+        description="IoU of masks above which the weaker of two detections is dropped. null: drop none.",
     )
     batches: int | None = Field(
-        None, description="validate on at most this many batches during training"
+        default=None,
+        ge=1,
+        le=BILLION,
+        description="Most batches of a validation during training. null: all.",
     )
-    panels: int = Field(4, ge=0, description="pictures drawn at each validation")
+    panels: int = Field(
+        default=4, ge=0, le=100_000, description="Pictures drawn at each validation."
+    )
 
 
-class Config(_Section):
+# What a task sets where the user does not.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clicks": {
+        # The heads are small: they are trained themselves, and the detector beside them stays as it is.
+        "trainable": ("backbone.vision_backbone.sam2_convs.*", "tracker.*"),
+        "lora": {
+            "enabled": False,
+            "targets": (
+                "backbone.vision_backbone.trunk.blocks.*.attn.*",
+                "backbone.vision_backbone.trunk.blocks.*.mlp.*",
+                "tracker.sam_mask_decoder.transformer.*",
+            ),
+        },
+    },
+}
+
+
+class Config(Section):
     """A whole run."""
 
-    task: Literal["detect"] = Field("detect", description="what is trained")
-    model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()
-    loss: LossConfig = LossConfig()
-    data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
-    evaluation: EvalConfig = EvalConfig()
-    init: str | None = Field(
-        None,
-        description="what to start from: a model folder (python -m convert), a run folder, or "
-        "shipped:tiny_shapes; None: random weights",
+    task: Literal["detect", "clicks"] = Field(
+        default="detect",
+        description="What is trained. detect: find every instance of a phrase; clicks: masks from points, boxes "
+        "and masks, corrected click by click.",
     )
-    output: str = Field("runs/run", description="run folder")
+    model: ModelConfig = Field(
+        default=ModelConfig(), description="Widths, depths and switches of the detector."
+    )
+    lora: LoraConfig = Field(default=LoraConfig(), description="Low-rank adapters.")
+    loss: LossConfig = Field(default=LossConfig(), description="The training loss.")
+    data: DataConfig = Field(
+        default=DataConfig(), description="Where the pictures are and what is asked of them."
+    )
+    clicks: ClicksConfig = Field(
+        default=ClicksConfig(), description="Interactive training, where task is clicks."
+    )
+    optim: OptimConfig = Field(default=OptimConfig(), description="The optimizer.")
+    evaluation: EvalConfig = Field(
+        default=EvalConfig(), description="How predictions are made and counted."
+    )
+    init: Text | None = Field(
+        default=None,
+        description="What to start from: a model folder (made by `sam3jax convert`), a run folder, or "
+        "shipped:tiny_shapes. null: random weights.",
+    )
+    output: Text = Field(default="runs/run", description="Folder of the run.")
     train: Literal["lora", "all"] = Field(
-        "lora", description="lora: adapters (and `trainable`); all: every live parameter"
+        default="lora",
+        description="lora trains the adapters and what `trainable` names; all trains every parameter.",
     )
-    trainable: tuple[str, ...] = Field(
-        (), description="patterns of parameters trained beside the adapters"
+    trainable: tuple[Text, ...] = Field(
+        default=(),
+        strict=False,
+        description="Shell patterns of torch parameter names that train beside the adapters.",
     )
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1, le=BILLION, description="Steps of the training.")
     batch_size: int = Field(
-        1, ge=1, description="pictures of one update, over all devices and micro-batches"
+        default=1,
+        ge=1,
+        le=1_000_000,
+        description="Pictures of one update, over all devices and micro-batches.",
     )
     micro_batch: int | None = Field(
-        None,
+        default=None,
         ge=1,
-        description="pictures that a device holds at once; gradients of several micro-batches are added up. "
-        "None: batch_size divided by the number of devices",
+        le=1_000_000,
+        description="Pictures that a device holds at once; the gradients of several micro-batches are added up. "
+        "null: batch_size divided by the number of devices.",
     )
-    seed: int = 0
-    eval_every: int = Field(200, ge=0, description="steps between validations; 0: only at the end")
-    save_every: int = Field(200, ge=1)
-    log_every: int = Field(10, ge=1)
-    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
-    best_metric: str | None = Field(
-        None,
-        description="metric by which the best checkpoint is chosen; None: the task's own, for detection "
-        "segm/AP, or bbox/AP where no mask is annotated",
+    seed: int = Field(
+        default=0, ge=0, le=SEEDS, description="Seed of weights, shuffling and augmentation."
+    )
+    eval_every: int = Field(
+        default=200,
+        ge=0,
+        le=BILLION,
+        description="Steps from one validation to the next. 0: only at the end.",
+    )
+    save_every: int = Field(
+        default=200, ge=1, le=BILLION, description="Steps from one checkpoint to the next."
+    )
+    log_every: int = Field(
+        default=10, ge=1, le=BILLION, description="Steps from one line of the log to the next."
+    )
+    keep: int = Field(
+        default=2, ge=1, le=1_000_000, description="Newest checkpoints kept, beside the best one."
+    )
+    best_metric: Text | None = Field(
+        default=None,
+        description="Metric of the validation that chooses the best checkpoint. null: the task's own, for "
+        "detection segm/AP, or bbox/AP where no mask is annotated.",
     )
     resume: bool = Field(
-        True, description="continue where the run folder's newest checkpoint stands"
+        default=True,
+        description="Continue from the newest checkpoint of the run folder. false: refuse a folder that holds a "
+        "run.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_come_with_the_weights(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("init") is not None:
+            model = values.get("model")
+            if isinstance(model, dict):
+                return {**values, "model": SizesFollow(model)}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_task(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        own = TASK_DEFAULTS.get(str(values.get("task", "detect")), {})
+        out = dict(values)
+        for key, value in own.items():
+            given = out.get(key, {} if isinstance(value, dict) else value)
+            both = isinstance(value, dict) and isinstance(given, dict)
+            out[key] = {**value, **given} if both else given
+        return out
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -480,106 +462,3 @@ class Config(_Section):
                 "cannot know: leave micro_batch out"
             )
         return self
-
-
-def load_config(
-    path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()
-) -> Config:
-    """Read a YAML file and apply `section.key=value` overrides (values are YAML).
-
-    Raises ConfigError naming the key, what was found and what was expected.
-    """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        file = Path(path)
-        if not file.is_file():
-            raise ConfigError(
-                f"no config file {file}: give the path of a YAML file, for example configs/shapes.yaml"
-            )
-        try:
-            raw = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file} is not readable YAML: {error}") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{file} holds a {type(raw).__name__}, expected `key: value` lines")
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(
-                f"override {item!r} has no '=': write section.key=value, for example optim.learning_rate=1e-4"
-            )
-        node = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {item!r}: {parent} is a value, not a section")
-        try:
-            node[last] = _scalar(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"override {item!r}: the value is not readable YAML: {error}"
-            ) from error
-    return parse_config(raw)
-
-
-def parse_config(raw: dict[str, Any], section: type[_Section] = Config) -> Any:
-    """Validate a mapping against a section, all errors in one ConfigError."""
-    try:
-        return section.model_validate(raw)
-    except ValidationError as error:
-        lines = [_explain(e, section) for e in error.errors()]
-        raise ConfigError("; ".join(lines)) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to the same Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _scalar(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 (no dot) as a string; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-# Settings of earlier versions: what stands in their place.
-_GONE = {
-    "optim.accumulate": "batch_size now counts the pictures of one update, and micro_batch those that a device "
-    "holds at once: batch_size 1 with accumulate 4 is batch_size=4 micro_batch=1, with a quarter of the steps",
-}
-
-
-def _explain(error: dict[str, Any], section: type[BaseModel]) -> str:
-    path = [str(part) for part in error["loc"]]
-    name = ".".join(path) or "config"
-    if name in _GONE:
-        return f"config key {name} is gone: {_GONE[name]}"
-    if error["type"] == "extra_forbidden":
-        fields = section
-        for part in path[:-1]:
-            annotation = (
-                fields.model_fields[part].annotation if part in fields.model_fields else None
-            )
-            fields = (
-                annotation
-                if isinstance(annotation, type) and issubclass(annotation, BaseModel)
-                else section
-            )
-        close = difflib.get_close_matches(path[-1], fields.model_fields, n=1)
-        hint = (
-            f", did you mean {close[0]}?"
-            if close
-            else f"; known keys: {', '.join(fields.model_fields)}"
-        )
-        return f"unknown config key {name}{hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    return (
-        f"config key {name}: {message} (found {error['input']!r})"
-        if not isinstance(error["input"], dict)
-        else f"config key {name}: {message}"
-    )

@@ -112,7 +112,7 @@ class BoxJudge:
 
     @staticmethod
     def _check_shares(what: str, values: np.ndarray, sizes: np.ndarray, source: str) -> None:
-        small = (values >= 0).all(1) & (values <= 1).all(1) & (sizes > 2).all(1)
+        small = np.asarray((values >= 0).all(1) & (values <= 1).all(1) & (sizes > 2).all(1))
         if len(small) and small.mean() >= _NEARLY_ALL:
             raise DataError(
                 f"{source}: {_share(small)} {what} lie within 0..1: they are shares of the picture, as "
@@ -198,7 +198,7 @@ def _inside(edges: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Which edges are those of a box with an area inside its picture, to 2 % of its size."""
     slack = 1 + 0.02 * np.concatenate([sizes, sizes], 1)
     low = (edges >= -slack).all(1) & (edges[:, 2:] > edges[:, :2]).all(1)
-    return low & (edges[:, 2:] <= sizes + slack[:, 2:]).all(1)
+    return np.asarray(low & (edges[:, 2:] <= sizes + slack[:, 2:]).all(1))
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

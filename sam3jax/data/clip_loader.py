@@ -6,6 +6,7 @@ As in `loader`, a batch is a function of its number alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -149,7 +150,7 @@ def _clip_batch(
     *,
     dataset: VideoDataset,
     names: dict[int, str],
-    order: grain.MapDataset,
+    order: Any,  # a grain.MapDataset of rows
     text_ids: dict[str, int],
     config: Config,
     sampling: Sampling,

@@ -36,7 +36,12 @@ _TURNED = _SIDES | frozenset(_UPRIGHT)
 
 
 def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
-    """The training and the validation data of a run; None where there is no validation split.
+    """The training and the validation data of a run on phrases. Raises DataError."""
+    return prepare_datasets(config, *read_datasets(config))
+
+
+def read_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
+    """The training and the validation data of a run as they are; None where there is no validation split.
 
     `data.train: shapes` is the generated data set. Raises DataError.
     """
@@ -54,7 +59,7 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
             f"{data.train} has no split {data.valid_split!r}, it has "
             f"{', '.join(find_splits(data.train))}: set data.valid_split"
         )
-    return prepare_datasets(config, train, valid)
+    return train, valid
 
 
 def prepare_datasets(

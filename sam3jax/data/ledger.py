@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sam3jax.errors import UserError
+
 Where = tuple[str, Any]  # the file and the id of an entry
 
 _TEXT = 80  # characters of a value that a message repeats
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be used; the message names the thing and the remedy, in printable text."""
 
     def __init__(self, message: str) -> None:

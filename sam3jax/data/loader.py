@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,14 +41,15 @@ class EvalBatch:
 class TrainLoader:
     """An endless iterator over this process's part of the training batches, with a small state."""
 
-    def __init__(self, stream: Callable[[int], Iterator[Batch]], batch_size: int, identity: dict):
+    def __init__(self, stream: Callable[[int], Iterator[Any]], batch_size: int, identity: dict):
         self._stream, self._batch_size, self._identity = stream, batch_size, identity
-        self._next, self._iterator = 0, None
+        self._next = 0
+        self._iterator: Any = None  # of the stream, a generator
 
     def __iter__(self) -> TrainLoader:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._stream(self._next)
         batch = next(self._iterator)
@@ -77,12 +79,12 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Iterable of EvalBatch, from the start each time; `len` batches, the same on every process."""
+    """Iterable of batches, from the start each time; `len` batches, the same on every process."""
 
-    def __init__(self, stream: Callable[[], Iterator[EvalBatch]], length: int):
+    def __init__(self, stream: Callable[[], Iterator[Any]], length: int):
         self._stream, self._length = stream, length
 
-    def __iter__(self) -> Iterator[EvalBatch]:
+    def __iter__(self) -> Iterator[Any]:
         return self._stream()
 
     def __len__(self) -> int:
@@ -205,7 +207,7 @@ class _TrainBatch:
             masks=config.loss.reads_masks,
             change=draw_change(np.random.default_rng((config.seed, turn, row, 2)), config.data),
         )
-        return {**arrays, "image_id": np.int32(row), "image_valid": np.True_}
+        return {**arrays, "image_id": np.array(row, np.int32), "image_valid": np.array(True)}
 
 
 class _EvalBatch:
@@ -261,4 +263,4 @@ class _EvalBatch:
         arrays = example(
             record, questions, transform, self._text_ids, self._shapes, masks=self._masks
         )
-        return {**arrays, "image_id": np.int32(row), "image_valid": np.bool_(real)}
+        return {**arrays, "image_id": np.array(row, np.int32), "image_valid": np.array(real)}

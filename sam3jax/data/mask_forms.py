@@ -72,8 +72,8 @@ def _list(value: list, level: int) -> tuple[Any, bool]:
         return [parts], dropped
     if all(isinstance(part, dict) and "counts" in part for part in parts):
         return parts, True
-    points = [_point(part) for part in parts]
-    if len(points) >= 3 and all(point is not None for point in points):
+    points = [point for part in parts if (point := _point(part)) is not None]
+    if len(points) >= 3 and len(points) == len(parts):
         return [[v for point in points for v in point]], True
     found: list = []
     nothing = True

@@ -148,7 +148,7 @@ def read_header(file: Path, megapixels: float = MOST_MEGAPIXELS) -> Header:
 
 def is_black(image: Image.Image) -> bool:
     """Whether a picture, mode RGB, is all but black."""
-    return max(high for _, high in image.getextrema()) < _BLACK
+    return bool(np.max(image.getextrema()) < _BLACK)
 
 
 def check_pictures(
@@ -225,7 +225,7 @@ def _open(file: Path, megapixels: float) -> Image.Image:
 def _read_heic() -> bool:
     """Let Pillow read the pictures of iPhones, where pillow-heif is installed."""
     try:
-        import pillow_heif
+        import pillow_heif  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
     pillow_heif.register_heif_opener()
@@ -269,7 +269,7 @@ def _deep(image: Image.Image) -> str:
     if image.mode.startswith(("I", "F")):
         return "grey"
     # Pillow keeps the upper byte of sixteen-bit colours.
-    return "colour" if any(";16" in str(tile[3]) for tile in image.tile) else ""
+    return "colour" if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) else ""
 
 
 def _rgb(image: Image.Image, file: Path, deep: str, window: Window | None) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections import Counter
+from typing import Any
 
 import grain
 import numpy as np
@@ -41,7 +42,7 @@ class Order:
         return epoch * self._copies + int(self._copy[place]), int(self._rows[place])
 
     @functools.cached_property
-    def _shuffled(self) -> grain.MapDataset:
+    def _shuffled(self) -> Any:  # a grain.MapDataset of int
         size = self._pictures if self._rows is None else len(self._rows)
         return grain.MapDataset.range(size).seed(self._seed).shuffle().repeat()
 

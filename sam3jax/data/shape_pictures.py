@@ -116,7 +116,8 @@ def draw_colour(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
         saturation * rng.uniform(0.93, 1),
         value * rng.uniform(0.93, 1),
     )
-    return tuple(round(255 * c) for c in shade)
+    red, green, blue = (round(255 * c) for c in shade)
+    return red, green, blue
 
 
 def draw_background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -184,8 +185,11 @@ def _tile(thing: Thing) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
     thickness = max(1, round(_SCALE * thing.radius * 0.05))
     ImageDraw.Draw(edge).line([*points, points[0], points[1]], fill=255, width=thickness)
     pattern = _pattern(thing, left, top, right - left, bottom - top)
-    layers = (shape.reduce(_SCALE), edge.reduce(_SCALE), pattern)
-    return (left, top, *(np.asarray(layer, np.float32) / 255 for layer in layers))
+    inside, outer, shade = (
+        np.asarray(layer, np.float32) / 255
+        for layer in (shape.reduce(_SCALE), edge.reduce(_SCALE), pattern)
+    )
+    return left, top, inside, outer, shade
 
 
 def _pattern(thing: Thing, left: int, top: int, width: int, height: int) -> Image.Image:

@@ -163,8 +163,8 @@ def build_clip_tokenizer(bpe_file: str | Path) -> str:
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable merges file: {error}") from error
     lines = text.split("\n")[1 : _CLIP_MERGES + 1]
-    merges = [tuple(line.split()) for line in lines]
-    if len(merges) != _CLIP_MERGES or any(len(pair) != 2 for pair in merges):
+    merges = [(pair[0], pair[1]) for line in lines if len(pair := line.split()) == 2]
+    if len(merges) != _CLIP_MERGES:
         raise ValueError(
             f"{path} holds {len(merges)} merges after its first line, expected {_CLIP_MERGES} pairs: "
             "CLIP's file is called bpe_simple_vocab_16e6.txt.gz"

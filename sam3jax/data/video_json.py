@@ -49,7 +49,9 @@ def read_json(file: Path, split: str | None = None) -> VideoDataset:
         by_video[item.get("video_id")].append(item)
     pairs: dict[Any, set[int]] = defaultdict(set)
     for pair in raw.get("video_np_pairs") or ():
-        pairs[pair["video_id"]].add(_phrase_id(pair, merged, first, names))
+        asked = pairs[pair["video_id"]]
+        if (category := _phrase_id(pair, merged, first, names)) is not None:
+            asked.add(category)
     videos: list[Video] = []
     for entry in raw["videos"]:
         frames = _frames(entry, file, split)
@@ -95,7 +97,7 @@ def read_sav(root: Path) -> VideoDataset:
             found = []
             for object_id, value in zip(ids, masks):
                 rle, extent, _ = read_segmentation(value, frames.width, frames.height, Ledger())
-                if rle is not None and extent is not None:
+                if isinstance(rle, Mapping) and extent is not None:
                     found.append(annotation_of_rle(rle, int(object_id), 1))
             labels[step * _SAV_STRIDE] = FrameLabels(tuple(found))
         videos.append(Video(number, name, frames, tuple(labels)))
@@ -151,12 +153,13 @@ def _one(
     if mask or not box or len(box) != 4 or min(box[2:]) <= 0:
         return None
     problems["object with a box and no mask in a frame (its box still trains)"] += 1
-    size = tuple(float(v) for v in box)
+    left, top, width, height = (float(v) for v in box)
+    size = (left, top, width, height)
     return Annotation(object_id, category, size, None, crowd, size[2] * size[3])
 
 
 def _phrase_id(
-    item: dict, merged: Mapping[int, int], first: dict[str, int], names: dict[int, str]
+    item: dict, merged: Mapping[Any, int], first: dict[str, int], names: dict[int, str]
 ) -> int | None:
     """The category that an object answers; a phrase of its own becomes a category of its own."""
     phrase = str(item.get("noun_phrase") or "").strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from sam3jax.data.loader import EvalBatch, make_eval_loader
 from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.evaluation.ground_truth import Pair
 from sam3jax.evaluation.metrics import Evaluation, measure
+from sam3jax.evaluation.processes import of_all_processes
 from sam3jax.inference.candidates import Candidates
 from sam3jax.inference.detector import BatchDetector, Detector, Variables
 from sam3jax.inference.full_size import fetch, full_size
@@ -118,21 +118,9 @@ def _of_all_processes(
     asked: set[Pair], predictions: list[dict[str, Any]]
 ) -> tuple[set[Pair], list[dict[str, Any]]]:
     """Every process asks about its own pictures; afterwards each knows all answers."""
-    if jax.process_count() == 1:
-        return asked, predictions
-    from jax.experimental import multihost_utils
-
-    own = np.frombuffer(json.dumps([sorted(asked, key=str), predictions]).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(own.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: own.size] = own
-    parts = multihost_utils.process_allgather(padded)  # [processes, bytes]
-    asked, predictions = set(), []
-    for part, size in zip(parts, sizes.tolist(), strict=True):
-        pairs, results = json.loads(part[:size].tobytes())
-        asked |= {(image, category) for image, category in pairs}
-        predictions += results
-    return asked, predictions
+    everything = of_all_processes([sorted(asked, key=str), predictions])
+    asked = {(image, category) for pairs, _ in everything for image, category in pairs}
+    return asked, [result for _, results in everything for result in results]
 
 
 def evaluate_run(
@@ -146,19 +134,21 @@ def evaluate_run(
     config = run.config
     phrases = vocabulary(config.data, dataset)
     tokens = tokenize(phrases, run.tokenizer)
-    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    process: dict[str, Any] = dict(
+        process_index=jax.process_index(), process_count=jax.process_count()
+    )
     size = config.evaluation.batch_size * detector.mesh.size * process["process_count"]
     loader = make_eval_loader(
         dataset, phrases, tokens, config, targets=False, batch_size=size, **process
     )
     variables = run.base_variables if base else run.variables
-    with _progress(f"{'base' if base else 'tuned'} on {dataset.name}", len(loader)) as advance:
+    with progress(f"{'base' if base else 'tuned'} on {dataset.name}", len(loader)) as advance:
         return evaluate_dataset(
             detector, variables, loader, dataset, config.evaluation, advance=advance
         )
 
 
-class _progress:
+class progress:
     """A progress bar on stderr that stays away from logs."""
 
     def __init__(self, title: str, total: int) -> None:

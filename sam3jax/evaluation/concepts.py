@@ -73,8 +73,9 @@ def concept_metrics(found: Sequence[Found]) -> dict[str, float]:
     """
     if not found:
         return {}
-    tp, fp, fn = (sum(getattr(f, name) for f in found) for name in ("tp", "fp", "fn"))
-    fp_positive = sum((f.fp for f in found if f.truths), np.zeros(len(IOUS), int))
+    nothing = np.zeros(len(IOUS), int)
+    tp, fp, fn = (sum((getattr(f, name) for f in found), nothing) for name in ("tp", "fp", "fn"))
+    fp_positive = sum((f.fp for f in found if f.truths), nothing)
     recall = tp / (tp + fn + 1e-4)
     precision = tp / (tp + fp_positive + 1e-4)
     micro = 2 * precision * recall / (precision + recall + 1e-4)

@@ -59,7 +59,9 @@ def measure(
     kept = [dict(p) for p in predictions if (p["image_id"], p["category_id"]) in truth.pairs]
     cuts = {i: (thresholds or {}).get(n, threshold) for i, n in dataset.categories.items()}
     metrics: dict[str, float] = {}
-    rows = {i: {"category": dataset.categories[i]} for i in truth.categories}
+    rows: dict[Any, dict[str, Any]] = {
+        i: {"category": dataset.categories[i]} for i in truth.categories
+    }
     for kind in truth.kinds:
         overall, of_each = coco_metrics(truth, kept, kind)
         metrics |= {f"{kind}/{name}": value for name, value in overall.items()}

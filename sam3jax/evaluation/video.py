@@ -36,8 +36,8 @@ def boundary_accuracy(
     if not truth.any() or not found.any():
         return float(truth.any() == found.any())
     reach = math.ceil(_TOLERANCE * math.hypot(*truth.shape))
-    precision = (distance_transform_edt(~truth)[found] <= reach).mean()
-    recall = (distance_transform_edt(~found)[truth] <= reach).mean()
+    precision = (np.asarray(distance_transform_edt(~truth))[found] <= reach).mean()
+    recall = (np.asarray(distance_transform_edt(~found))[truth] <= reach).mean()
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 

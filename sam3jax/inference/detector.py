@@ -81,7 +81,9 @@ class _Options(NamedTuple):
 def _encode_image(
     model: Sam3, mesh: Mesh, variables: Variables, images: jax.Array
 ) -> ImageFeatures:
-    encode = lambda variables, images: model.apply(variables, images, method="encode_image")
+    def encode(variables: Variables, images: jax.Array) -> Any:
+        return model.apply(variables, images, method="encode_image")
+
     split = jax.shard_map(encode, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
     return split(variables, images)
 
@@ -89,7 +91,8 @@ def _encode_image(
 @partial(jax.jit, static_argnums=0)
 def encode_text(model: Sam3, variables: Variables, tokens: jax.Array) -> TextFeatures:
     """Phrases [V, N] -> TextFeatures, where the weights lie."""
-    return model.apply(variables, tokens, method="encode_text")
+    found: Any = model.apply(variables, tokens, method="encode_text")
+    return found
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -103,7 +106,7 @@ def _ask(
     prompts: Prompts,
 ) -> Candidates:
     def ask(variables, image, text, prompts) -> Candidates:
-        outputs = model.apply(variables, image, text, prompts, method="detect")
+        outputs: Any = model.apply(variables, image, text, prompts, method="detect")
         return top_candidates(
             outputs, limit=options.limit, nms=options.nms, mask_threshold=options.mask_threshold
         )
@@ -124,11 +127,11 @@ class BatchDetector:
         self, detector: Detector, variables: Variables, text: TextFeatures | None = None
     ) -> None:
         self._detector, self._variables = detector, detector.place(variables)
-        self._text = None if text is None else detector.place(text)
+        self._text: Any = None if text is None else detector.place(text)
         self._fixed_text = text is not None
         self._tokens: np.ndarray | None = None
         self._ids: np.ndarray | None = None
-        self._image: ImageFeatures | None = None
+        self._image: Any = None  # ImageFeatures of the batch before
 
     def __call__(self, batch: Batch) -> Candidates:
         """batch: its number of pictures is a multiple of the mesh's size."""

@@ -7,7 +7,7 @@ shares add up to the loss of the batch, equal to torch on one process.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -21,7 +21,7 @@ from sam3jax.losses.semantic import semantic_losses
 from sam3jax.losses.totals import Divisors, Stages, Totals, count_totals, divisors, stages_of
 from sam3jax.losses.truth import Truth, at_least_one_mask, gather_truth, visible
 from sam3jax.matching import hungarian, match_cost, match_one_to_many
-from sam3jax.types import Detections, Outputs, Targets
+from sam3jax.types import Array, Detections, Outputs, Targets
 
 KINDS = {
     "loss_bbox": "bbox", "loss_giou": "giou", "loss_ce": "ce", "presence_loss": "presence",
@@ -139,7 +139,9 @@ def part_shares(
 
     shares = Shares({}, {}, {})
     names = [f"_aux_{i}" for i in range(len(outputs.o2o.logits) - 1)] + [""]
-    groups = [(outputs.o2o, matches.o2o, outputs.presence_logits, 1.0, "")]
+    groups: list[tuple[Detections, Any, jax.Array | None, float, str]] = [
+        (outputs.o2o, matches.o2o, outputs.presence_logits, 1.0, "")
+    ]
     if outputs.o2m is not None:
         groups.append((outputs.o2m, matches.o2m, None, config.o2m_weight, "_o2m"))
     for detections, queries, presence_logits, weight, suffix in groups:
@@ -173,13 +175,12 @@ def weigh(
     for key, counted in shares.open.items():
         parts[key] = parts[key] / (_over_devices(counted, axis_names) + 1e-6)
     weights = {key: getattr(config, key) for key in KINDS}
-    total = sum(weights[kind] * parts[key] for key, kind in _weighted(parts))  # [S]
+    total: Any = sum(weights[kind] * parts[key] for key, kind in _weighted(parts))  # [S]
     if config.scale_by_find_batch_size:
         total = total * jnp.sqrt(divisors(totals, config, axis_names).prompts)
-    stages = len(totals.prompts)
     total = total.sum()
     if config.normalize_by_stage_num:
-        total = total / stages
+        total = total / len(totals.prompts)
     terms = {key: value.sum() for key, value in parts.items()}
     return total, {**terms, **shares.counts, "core_loss": total}
 
@@ -339,7 +340,7 @@ def _mask_losses(
     outputs: Outputs,
     matches: Matches,
     truth: Truth,
-    masks: jax.Array,
+    masks: Array,
     norm: Divisors,
     by: Stages,
     config: LossConfig,
@@ -399,7 +400,7 @@ def mask_pairs(
     ), dropped
 
 
-def _pair_keys(rng: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def _pair_keys(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A key for each (prompt, target, rank), the same however far the axes are padded."""
     fold = jax.random.fold_in
     one = lambda b, t, k: fold(fold(fold(rng, b), t), k)

@@ -26,7 +26,7 @@ def _sigmoids_jvp(primals, tangents):
     return (p, rest, log_p), (slope, -slope, rest * tangents[0])
 
 
-def bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def bce(logits: jax.Array, targets: jax.Array | float) -> jax.Array:
     """Binary cross entropy with logits, elementwise; targets in 0..1."""
     return (1 - targets) * logits - sigmoids(logits)[2]
 

@@ -19,6 +19,7 @@ from sam3jax.config import LossConfig
 from sam3jax.losses.elementwise import dice, focal
 from sam3jax.losses.resample import nearest_bits, resize_bilinear, sample_bilinear, sample_bits
 from sam3jax.model.layers import zero_like
+from sam3jax.types import Array
 
 
 @struct.dataclass
@@ -37,7 +38,7 @@ class MaskPairs:
 
 
 def mask_sums(
-    embed: jax.Array, pixel_embed: jax.Array, masks: jax.Array, pairs: MaskPairs, config: LossConfig
+    embed: jax.Array, pixel_embed: jax.Array, masks: Array, pairs: MaskPairs, config: LossConfig
 ) -> jax.Array:
     """Focal and dice loss summed over the kept pairs of each prompt, before weights and normaliser.
 
@@ -56,7 +57,7 @@ def mask_sums(
     return _mask_sums(config, embed, pixel_embed, masks, pairs, counts)
 
 
-def mask_width(masks: jax.Array, pixel_embed: jax.Array) -> int:
+def mask_width(masks: Array, pixel_embed: jax.Array) -> int:
     """The unpadded width of packed masks, from the shape of the predictions."""
     (y, packed), (py, px) = masks.shape[-2:], pixel_embed.shape[1:3]
     width = y * px // py
@@ -164,18 +165,20 @@ def uncertain_points(key: jax.Array, logits: jax.Array, config: LossConfig) -> j
     share nearest to the contour, the rest random.
     """
     candidates, others = point_coordinates(key, config)
+    points = config.num_sample_points or 0
     sampled = sample_bilinear(jax.lax.stop_gradient(logits)[None], candidates[None])[0]
-    count = config.num_sample_points - len(others)
+    count = points - len(others)
     _, nearest = jax.lax.top_k(-jnp.abs(sampled), count)
     return jnp.concatenate([candidates[nearest], others])
 
 
 def point_coordinates(key: jax.Array, config: LossConfig) -> tuple[jax.Array, jax.Array]:
     """The random points of one pair: candidates [.., 2] and those kept regardless [.., 2]."""
-    uncertain = int(config.importance_sample_ratio * config.num_sample_points)
-    candidates = int(config.num_sample_points * config.oversample_ratio)
+    points = config.num_sample_points or 0
+    uncertain = int(config.importance_sample_ratio * points)
+    candidates = int(points * config.oversample_ratio)
     first, second = jax.random.split(key)
     return (
         jax.random.uniform(first, (candidates, 2)),
-        jax.random.uniform(second, (config.num_sample_points - uncertain, 2)),
+        jax.random.uniform(second, (points - uncertain, 2)),
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def resize_bilinear(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_bilinear(maps: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """torch's F.interpolate(mode="bilinear", align_corners=False), no antialias. [R, Y, X] -> [R, *size].
 
     Two products with banded matrices: the backward pass is again two products, where a gather would
@@ -39,7 +39,7 @@ def interpolation(out: int, inp: int) -> np.ndarray:
     return matrix
 
 
-def nearest_bits(bits: jax.Array, size: tuple[int, int], width: int) -> jax.Array:
+def nearest_bits(bits: jax.Array, size: tuple[int, ...], width: int) -> jax.Array:
     """Targets at the centres of a coarser grid. [R, Y, ceil(X / 8)] -> [R, *size]."""
     rows, columns = (
         np.minimum(((np.arange(o) + 0.5) * (i / o)).astype(np.int32), i - 1)

@@ -12,7 +12,7 @@ from sam3jax.losses.elementwise import bce, dice, focal
 from sam3jax.losses.masks import mask_width
 from sam3jax.losses.resample import interpolation, resize_bilinear
 from sam3jax.losses.truth import Truth
-from sam3jax.types import Targets
+from sam3jax.types import Array, Targets
 
 
 def semantic_losses(
@@ -61,7 +61,7 @@ def semantic_losses(
 
 
 def has_union(
-    targets: Targets, truth: Truth, config: LossConfig, size: tuple[int, int]
+    targets: Targets, truth: Truth, config: LossConfig, size: tuple[int, ...]
 ) -> jax.Array:
     """[B]: whether the truth of a prompt is not empty at the size where it is compared."""
     per_image = len(truth.real) // len(targets.masks)
@@ -76,14 +76,14 @@ def has_union(
     return jax.lax.map(prompt, (index, truth.instance, truth.real))
 
 
-def _union(masks: jax.Array, real: jax.Array, width: int) -> jax.Array:
+def _union(masks: Array, real: jax.Array, width: int) -> jax.Array:
     """Packed masks [T, Y, X / 8], those that are real -> [1, Y, X] float32, 0 or 1."""
     masks = jnp.where(real[:, None, None], masks, 0)
     union = jax.lax.reduce(masks, jnp.zeros_like(masks[0, 0, 0]), jax.lax.bitwise_or, (0,))
     return jnp.unpackbits(union, axis=-1, count=width)[None].astype(jnp.float32)
 
 
-def _any_seen(union: jax.Array, size: tuple[int, int]) -> jax.Array:
+def _any_seen(union: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Does the bilinear sample of each coarse pixel see anything? [1, Y, X] -> [1, *size], 0 or 1."""
     rows, columns = (
         (interpolation(o, i) > 0).astype(jnp.float32) for o, i in zip(size, union.shape[1:])

@@ -66,7 +66,7 @@ def count_totals(
     prompt_valid: jax.Array,
     config: LossConfig,
     *,
-    prediction_size: tuple[int, int] | None = None,
+    prediction_size: tuple[int, ...] | None = None,
     stage: jax.Array | None = None,
     stages: int = 1,
     axis_names: tuple[str, ...] | None = None,

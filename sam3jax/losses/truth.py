@@ -46,7 +46,7 @@ def gather_truth(targets: Targets, prompt_valid: jax.Array) -> Truth:
         real=real,
         count=count.astype(jnp.int32),
         valid=valid,
-        exhaustive=targets.is_exhaustive.reshape(-1),
+        exhaustive=jnp.asarray(targets.is_exhaustive).reshape(-1),
         instance=jnp.minimum(rows, max(m - 1, 0)).reshape(i * p, t),
         has_mask=has_mask.reshape(i * p, t) & real,
     )

@@ -79,6 +79,7 @@ class MultiHeadAttention(nn.Module):
     dtype: Any = jnp.float32
     train: bool = False
     backend: str | None = None
+    inner: int | None = None  # width of q, k and v; None: that of the queries
 
     @nn.compact
     def __call__(
@@ -91,10 +92,11 @@ class MultiHeadAttention(nn.Module):
         mask: jax.Array | None = None,
     ) -> jax.Array:
         width = q.shape[-1]
+        inner = self.inner or width
 
         def project(name, x):
-            y = Linear(width, dtype=self.dtype, train=self.train, name=name)(x)
-            return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+            y = Linear(inner, dtype=self.dtype, train=self.train, name=name)(x)
+            return y.reshape(*y.shape[:-1], self.heads, inner // self.heads)
 
         drop = self.train and self.dropout > 0.0
         y = attention(
@@ -107,5 +109,5 @@ class MultiHeadAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if drop else None,
             backend=self.backend,
         )
-        y = y.reshape(*y.shape[:-2], width)
+        y = y.reshape(*y.shape[:-2], inner)
         return Linear(width, dtype=self.dtype, train=self.train, name="out_proj")(y)

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2205.14135).
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def blockwise(q, k, v, bias, mask, dropout_rate, noise):
     # Under shard_map each gradient must vary over the mesh as its argument does: all do, or none.
     zero = zero_like(*jax.tree.leaves((q, k, v, bias, mask, noise)))
     q, k, v, bias = jax.tree.map(lambda x: x + zero.astype(x.dtype), (q, k, v, bias))
-    y = _blockwise(dropout_rate, q, k, v, bias, mask, noise)
+    y: Any = _blockwise(dropout_rate, q, k, v, bias, mask, noise)
     return jnp.moveaxis(y, 0, 2)
 
 

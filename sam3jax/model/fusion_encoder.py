@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,7 +68,7 @@ def encoder_layers(
         remat(EncoderLayer, prevent_cse=False),
         STACKED,
         split_rngs=SPLIT,
-        in_axes=(nn.broadcast,) * 5,
+        in_axes=cast(Any, (nn.broadcast,) * 5),
         length=length,
     )
     return scan(config, train, backend, name=name)

@@ -5,6 +5,7 @@ Parameters are float32; each layer casts them to `dtype` for the product and acc
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -138,7 +139,7 @@ class Conv(nn.Module):
             y = dot(x, kernel[0, 0])
         else:
             y = jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), [(self.padding,) * 2] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x, kernel, (1, 1), [(self.padding, self.padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )  # fmt: skip
         return y + bias.astype(self.dtype)
 
@@ -164,6 +165,23 @@ class Upsample2x(nn.Module):
         return out.reshape(b, 2 * y, 2 * xx, self.features) + bias.astype(self.dtype)
 
 
+class Downsample2x(nn.Module):
+    """Convolution, kernel 2, stride 2: [B, 2Y, 2X, D] -> [B, Y, X, E]; a reshape and one product."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, y, xx, d = x.shape
+        shape = (2, 2, d, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = x.astype(self.dtype).reshape(b, y // 2, 2, xx // 2, 2, d).transpose(0, 1, 3, 2, 4, 5)
+        x = dot(x.reshape(b, y // 2, xx // 2, 4 * d), kernel.reshape(4 * d, self.features))
+        return x + bias.astype(self.dtype)
+
+
 def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
     """Drop the whole residual branch of a sample with probability `rate` (traced), else rescale it.
 
@@ -177,4 +195,5 @@ def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array
 
 def zero_like(*arrays: jax.Array) -> jax.Array:
     """A float32 0 that varies over the mesh of shard_map as all of these do together."""
-    return sum(jnp.zeros_like(a.ravel()[0]).astype(jnp.float32) for a in arrays)
+    zeros = (jnp.zeros_like(a.ravel()[0]).astype(jnp.float32) for a in arrays)
+    return functools.reduce(jnp.add, zeros)

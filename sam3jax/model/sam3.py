@@ -22,6 +22,13 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 LOGIT_CLAMP = 12.0
 
 
+def normalised(images: jax.Array) -> jax.Array:
+    """uint8 pictures as the trunk wants them, -1..1; float ones are so already."""
+    if images.dtype == jnp.uint8:
+        return (images.astype(jnp.float32) / 255.0 - PIXEL_MEAN) / PIXEL_STD
+    return images
+
+
 class DotProductScoring(nn.Module):
     """Class logit of a query: its dot product with the mean-pooled prompt, clamped to +-12.
 
@@ -79,9 +86,7 @@ class Sam3(nn.Module):
 
     def encode_image(self, images: jax.Array) -> ImageFeatures:
         """images [I, Y, X, 3] uint8 (or float, already normalised to mean 0) -> ImageFeatures."""
-        if images.dtype == jnp.uint8:
-            images = (images.astype(jnp.float32) / 255.0 - PIXEL_MEAN) / PIXEL_STD
-        return ImageFeatures(self.neck(self.vit(images)))
+        return ImageFeatures(self.neck(self.vit(normalised(images))))
 
     def encode_text(self, tokens: jax.Array) -> TextFeatures:
         """tokens [V, N] int32 -> TextFeatures [V, N, D]."""
@@ -98,7 +103,7 @@ class Sam3(nn.Module):
 
         text_id = prompts.text_id.reshape(i * p)
         boxes, labels, box_valid = (
-            x.reshape(i * p, *x.shape[2:])
+            jnp.asarray(x).reshape(i * p, *x.shape[2:])
             for x in (prompts.boxes, prompts.box_labels, prompts.box_valid)
         )
         geometry, geometry_valid = self.geometry_encoder(boxes, labels, box_valid, finest, position)

@@ -7,6 +7,8 @@ scanned and each block is rematerialised.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,8 @@ from sam3jax.model.attention import attention, remat
 from sam3jax.model.layers import Linear, drop_path, gelu, layer_norm
 from sam3jax.model.positions import apply_rope, rope_table
 
-STACKED = {"params": 0, "lora": 0, "lora_scale": 0, "intermediates": 0}
-SPLIT = {"params": True, "dropout": True}
+STACKED: dict[Any, Any] = {"params": 0, "lora": 0, "lora_scale": 0, "intermediates": 0}
+SPLIT: dict[Any, Any] = {"params": True, "dropout": True}
 
 
 class RopeAttention(nn.Module):

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from sam3jax.config import Config
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.tasks.clicks import Clicks
 from sam3jax.tasks.detection import Detection
 from sam3jax.tasks.validated import Validated
 from sam3jax.weights.tree import Tree
@@ -33,36 +34,44 @@ class Task(Protocol):
 
     def open(self, tokenizer: Tokenizer) -> Any:
         """The training and validation data. Raises DataError."""
+        ...
 
     def describe(self, data: Any) -> Iterable[str]:
         """Lines for people about the data and what is asked of them."""
+        ...
 
-    def loader(self, data: Any, **process: int) -> Any:
+    def loader(self, data: Any, **process: Any) -> Any:
         """Endless numpy batches of static shapes: `data.loader.TrainLoader`, with a state to resume from."""
+        ...
 
     def prepare(self, trainable: Tree, frozen: Tree, data: Any) -> tuple[Any, Tree]:
         """(what a run computes once, frozen without the weights that are then not needed)."""
+        ...
 
     def count(self, batch: Any) -> Any:
         """The totals that losses are divided by, as sums over one micro-batch of one device."""
+        ...
 
     def loss(
         self, variables: Tree, prepared: Any, batch: Any, totals: Any, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(share of the loss, terms): sums over micro-batches and devices are those of the batch."""
+        ...
 
     def metrics(self, terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What is logged of a step, from the summed terms; `loss` among it."""
+        ...
 
     def validation(
-        self, data: Any, mesh: Mesh, **process: int
+        self, data: Any, mesh: Mesh, **process: Any
     ) -> Callable[[Tree, Any], Validated] | None:
         """validate(variables, prepared) -> Validated; None without validation data.
 
         mesh: the devices of this process.
         """
+        ...
 
 
-TASKS: dict[str, Callable[[Config, str | None], Task]] = {"detect": Detection}
+TASKS: dict[str, Callable[[Config, str | None], Task]] = {"detect": Detection, "clicks": Clicks}
 
 __all__ = ["TASKS", "Task", "Validated"]

@@ -42,15 +42,19 @@ class DetectionData(NamedTuple):
     tokens: np.ndarray
 
 
+_SPLIT: Any = P(AXIS)  # specs stand in a Batch where arrays do
+_EVERYWHERE: Any = P()
+
+
 class Detection:
     """The task `detect`; see `tasks.Task` for what each method is for."""
 
-    parts = ("detector",)
+    parts: tuple[str, ...] = ("detector",)
     # Pictures and what belongs to them are split over devices; the phrases are everywhere.
-    batch_spec = Batch(
-        images=P(AXIS), tokens=P(), prompts=P(AXIS), targets=P(AXIS), image_valid=P(AXIS), image_id=P(AXIS)
+    batch_spec: Any = Batch(
+        images=_SPLIT, tokens=_EVERYWHERE, prompts=_SPLIT, targets=_SPLIT, image_valid=_SPLIT, image_id=_SPLIT
     )  # fmt: skip
-    best_by = ("segm/AP", "bbox/AP")
+    best_by: tuple[str, ...] = ("segm/AP", "bbox/AP")
 
     def __init__(self, config: Config, backend: str | None = None) -> None:
         self.config = config
@@ -66,7 +70,7 @@ class Detection:
         yield from describe(data.train, self.config.model.queries)
         yield balance(data.train, self.config.data, self.config.seed)
 
-    def loader(self, data: DetectionData, **process: int) -> TrainLoader:
+    def loader(self, data: DetectionData, **process: Any) -> TrainLoader:
         return make_train_loader(data.train, data.phrases, data.tokens, self.config, **process)
 
     def prepare(
@@ -104,7 +108,7 @@ class Detection:
         return {**with_f1(terms), **named, "loss": terms["core_loss"]}
 
     def validation(
-        self, data: DetectionData, mesh: Mesh, **process: int
+        self, data: DetectionData, mesh: Mesh, **process: Any
     ) -> Callable[[Tree, TextFeatures | None], Validated] | None:
         if data.valid is None:
             return None
@@ -146,8 +150,9 @@ def forward(
     rngs, prompts = {"dropout": key}, batch.prompts
     if text is None:
         text, prompts = encode_asked(model, variables, batch, key)
-    image = model.apply(variables, batch.images, method="encode_image", rngs=rngs)
-    return model.apply(variables, image, text, prompts, method="detect", rngs=rngs)
+    image: Any = model.apply(variables, batch.images, method="encode_image", rngs=rngs)
+    found: Any = model.apply(variables, image, text, prompts, method="detect", rngs=rngs)
+    return found
 
 
 def encode_asked(
@@ -160,10 +165,10 @@ def encode_asked(
         tokens = tokens[prompts.text_id.reshape(-1)]
         rows = jnp.arange(prompts.text_id.size).reshape(prompts.text_id.shape)
         prompts = prompts.replace(text_id=rows)
-    text = model.apply(variables, tokens, method="encode_text", rngs={"dropout": key})
+    text: Any = model.apply(variables, tokens, method="encode_text", rngs={"dropout": key})
     return text, prompts
 
 
 def asked(batch: Batch) -> jax.Array:
     """[I, P]: the prompts that count."""
-    return batch.prompts.valid & batch.image_valid[:, None]
+    return jnp.asarray(batch.prompts.valid & batch.image_valid[:, None])

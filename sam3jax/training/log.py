@@ -62,7 +62,7 @@ class RunLog:
         if not self._write:
             return
         speed = values.get("images_per_second")
-        fields = dict(
+        fields: dict[str, Any] = dict(
             loss=f"{values['loss']:.4g}",
             rate=f"{values['rate']:.2e}",
             speed="-" if speed is None else f"{speed:.3g}",

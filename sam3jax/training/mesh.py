@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from sam3jax.config import Config, ConfigError
 from sam3jax.types import AXIS
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices (of all hosts), one axis over which pictures are split."""
     return Mesh(np.array(devices or jax.devices()), (AXIS,))
 

@@ -23,7 +23,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """
     base, warmup = config.learning_rate, config.warmup_steps
 
-    def rate(count: jax.Array) -> jax.Array:
+    def rate(count: Any) -> jax.Array:
         n = jnp.asarray(count, jnp.float32)
         value = jnp.full_like(n, base)
         if config.schedule == "cosine":
@@ -55,7 +55,7 @@ def build_optimizer(config: Config, trainable: Tree, rates: Tree) -> optax.Gradi
         optax.add_decayed_weights(o.weight_decay, decayed(trainable)),
         _times(rates),
         # Counted from 1: with a warm-up the first update would otherwise be lost.
-        optax.scale_by_schedule(lambda n: -schedule(n + 1)),
+        optax.scale_by_schedule(lambda n: -jnp.asarray(schedule(n + 1))),
     )
 
 
@@ -65,4 +65,4 @@ def _times(factors: Tree) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree.map(lambda u, f: u * jnp.asarray(f, u.dtype), updates, factors), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -10,7 +10,8 @@ import numpy as np
 
 from sam3jax.config import Config, OptimConfig
 from sam3jax.weights.lora import linear_layers
-from sam3jax.weights.names import NECK, TEXT, VIT, entries
+from sam3jax.weights.names import NECK, PARTS, TEXT, VIT, entries
+from sam3jax.weights.tracker_names import SECOND_NECK
 from sam3jax.weights.tree import Path, Tree, has, leaf, put
 
 
@@ -65,10 +66,10 @@ def _is_trained(name: str, config: Config) -> bool:
 def _slots(trainable: Tree, config: Config) -> list[tuple[str, Path, tuple[int, ...]]]:
     """(name, path in trainable, slot) of everything that is in `trainable`."""
     out = []
-    for entry in entries(config.model):
+    for entry in entries(config.model, PARTS):
         if has(trainable, ("params", *entry.path)):
             out.append((entry.name, ("params", *entry.path), entry.slot))
-    for entry in linear_layers(config.model):
+    for entry in linear_layers(config.model, PARTS):
         for part in ("a", "b"):
             path = ("lora", *entry.path[:-1], part)
             if has(trainable, path):
@@ -80,7 +81,7 @@ def _rate(name: str, config: Config) -> float:
     optim: OptimConfig = config.optim
     if name.startswith(TEXT):
         return optim.text_scale
-    if name.startswith(NECK):
+    if name.startswith((NECK, SECOND_NECK)):
         return optim.vision_scale
     if name.startswith(VIT):
         depth = config.model.vit_stages * config.model.vit_stage_blocks

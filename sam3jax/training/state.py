@@ -13,8 +13,7 @@ from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.tree import Tree
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that changes from step to step.
 
     step: updates tried. skipped: those whose loss or gradient was not finite; they change nothing.

@@ -43,7 +43,7 @@ def make_train_step(
         # As arguments of each device: else every micro-batch would add its gradient over all devices.
         trainable = jax.lax.pcast(state.trainable, AXIS, to="varying")
 
-        def share(m: jax.Array | int) -> tuple[Tree, dict[str, jax.Array]]:
+        def share(m: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
             def loss(trainable: Tree):
                 own = jax.random.fold_in(key, m)
                 return task.loss(merge(trainable, frozen), prepared, take(m), totals, own)
@@ -55,10 +55,9 @@ def make_train_step(
             grads, terms = share(m)
             return jax.tree.map(jnp.add, sums, grads), terms
 
-        if (
-            number == 1
-        ):  # no loop of one turn: XLA runs the body of a loop 1.6 times slower on a CPU
-            grads, terms = share(0)
+        # No loop of one turn: XLA runs the body of a loop 1.6 times slower on a CPU.
+        if number == 1:
+            grads, terms = share(jnp.int32(0))
         else:
             start = jax.tree.map(jnp.zeros_like, trainable)
             grads, terms = jax.lax.scan(add, start, jnp.arange(number))
@@ -68,7 +67,7 @@ def make_train_step(
 
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        new = optax.apply_updates(state.trainable, updates)
+        new: Any = optax.apply_updates(state.trainable, updates)
         averaged = None if state.ema is None else moving_average(state, new, ema)
         new = TrainState(state.step + 1, new, opt_state, averaged, state.skipped)
         old = state.replace(step=state.step + 1, skipped=state.skipped + 1)

@@ -108,7 +108,7 @@ def suppress(
     np.fill_diagonal(pairs, False)
     mine, other = last[:, None], last[None]
     later = mine < other if reverse else mine > other
-    return (pairs & later & (other > NEVER)).any(1)
+    return np.asarray((pairs & later & (other > NEVER)).any(1))
 
 
 def mask_iou(masks: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -53,8 +53,7 @@ class ChunkOptions(NamedTuple):
     frames_per_device: int = 1
 
 
-@struct.dataclass
-class FrameDetections:
+class FrameDetections(struct.PyTreeNode):
     """The K strongest detections of P phrases in a frame; a chunk has an axis of frames before.
 
     logits [P, K], strongest first: those that a stronger one overlaps, and all below the threshold,
@@ -92,7 +91,7 @@ def detect_frame(
 ) -> FrameDetections:
     """frame [Y, X, 3] uint8, prompts of one picture (I = 1)."""
     image = model.apply(variables, frame[None], method="encode_image")
-    outputs = model.apply(variables, image, text, prompts, method="detect")
+    outputs: Any = model.apply(variables, image, text, prompts, method="detect")
     last = outputs.o2o
     logits = last.logits[-1].astype(jnp.float32)
     logits = joint_logits(outputs) if options.joint_presence else logits  # [P, Q]

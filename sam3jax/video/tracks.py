@@ -139,7 +139,7 @@ def follow(
         for phrase in range(len(found.logits)):
             follower = followers.setdefault(phrase, Follower(rules, reverse))
             scores = _sigmoid(np.asarray(found.logits[phrase], np.float32))
-            least = threshold if isinstance(threshold, float) else threshold[phrase]
+            least = threshold[phrase] if isinstance(threshold, Sequence) else threshold
             masks = np.asarray(found.masks[phrase], np.float32)
             # A detection without a pixel is nowhere, so there is nothing to follow.
             chosen = np.flatnonzero((scores > least) & (masks > 0).any((1, 2)))

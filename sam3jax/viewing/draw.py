@@ -29,6 +29,7 @@ _PALETTE: tuple[Colour, ...] = (
     (0, 225, 190), (255, 120, 190), (110, 120, 255), (175, 225, 0), (200, 130, 80), (160, 200, 255),
 )  # fmt: skip
 _INK, _PAPER = (20, 20, 24), (250, 250, 250)
+_INSIDE, _OUTSIDE = (20, 170, 60), (215, 30, 40)  # clicks
 _FILL = 0.4
 _CROWD = 60  # instances above which lines are thin
 _LABEL_SHARE = 0.15  # of the picture that labels may hide at most
@@ -38,7 +39,7 @@ _LABEL_SHARE = 0.15  # of the picture that labels may hide at most
 class Instance:
     """Something to draw: box left, top, right, bottom in pixels; mask COCO RLE, [Y, X] bool or None.
 
-    number: of its colour; None: by its place among the instances.
+    number: of its colour; None: by its place among the instances. clicks: (x, y, inside) in pixels.
     """
 
     label: str
@@ -46,6 +47,7 @@ class Instance:
     mask: Mapping[str, Any] | np.ndarray | None = None
     score: float | None = None
     number: int | None = None
+    clicks: tuple[tuple[float, float, bool], ...] = ()
 
     @property
     def text(self) -> str:
@@ -85,10 +87,12 @@ def overlay(
     shades = [colour(k if i.number is None else i.number) for k, i in enumerate(instances)]
     for k in order:
         _paint_mask(image, instances[k].mask, shades[k], line)
-    boxes = [tuple(float(v) * scale for v in instance.box) for instance in instances]
+    boxes = [_scaled(instance.box, scale) for instance in instances]
     pen = ImageDraw.Draw(image)
     for k in order:
         _paint_box(pen, boxes[k], shades[k], line)
+    for instance in instances:
+        _paint_clicks(pen, instance.clicks, scale, 2 * line)
     labels = [(i.text, b, c) for i, b, c in zip(instances, boxes, shades)]
     _paint_labels(pen, size, labels)
     return image
@@ -308,7 +312,7 @@ def _paint_mask(image: Image.Image, mask: Any, shade: Colour, line: int) -> None
     # COCO's arrays run down the columns: seen sideways they need no copy, which counts at 100 MB.
     sideways = Image.fromarray(np.ascontiguousarray(pixels.T).astype(np.uint8, copy=False))
     if sideways.size != image.size[::-1]:  # 0 and 1, averaged and rounded: half covered or more
-        sideways = sideways.resize(image.size[::-1], Image.Resampling.BILINEAR)
+        sideways = sideways.resize((image.height, image.width), Image.Resampling.BILINEAR)
     whole = sideways.transpose(Image.Transpose.TRANSPOSE).point(lambda v: 255 * v)
     extent = whole.getbbox()
     if extent is None:
@@ -338,12 +342,28 @@ def _grown(mask: np.ndarray, by: int) -> np.ndarray:
     return mask
 
 
+def _scaled(box: Box, scale: float) -> Box:
+    left, top, right, bottom = (float(v) * scale for v in box)
+    return left, top, right, bottom
+
+
 def _paint_box(pen: ImageDraw.ImageDraw, box: Box, shade: Colour, line: int) -> None:
     left, top, right, bottom = box
     if right - left < 1 or bottom - top < 1:
         return
     pen.rectangle((left - line, top - line, right + line, bottom + line), outline=_INK, width=line)
     pen.rectangle(box, outline=shade, width=line)
+
+
+def _paint_clicks(
+    pen: ImageDraw.ImageDraw, clicks: Sequence[tuple[float, float, bool]], scale: float, size: int
+) -> None:
+    """Green discs for clicks inside, red ones outside, later ones on top."""
+    for x, y, inside in clicks:
+        # A pixel's centre: half a pixel from its corner, in any size.
+        x, y = (x + 0.5) * scale, (y + 0.5) * scale
+        for reach, shade in ((size + 3, _INK), (size + 2, _PAPER), (size, _INSIDE if inside else _OUTSIDE)):  # fmt: skip
+            pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=shade)
 
 
 def _paint_labels(

@@ -23,6 +23,7 @@ from sam3jax.data.frames import open_frames
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.errors import UserError
 from sam3jax.inference.detector import Detector, Variables
 from sam3jax.inference.full_size import Detections, fetch, full_size
 from sam3jax.model import Sam3
@@ -38,7 +39,7 @@ PixelBox = Sequence[float]  # left, top, width, height in the picture's pixels
 Picture = str | Path | Image.Image | np.ndarray
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """What is asked cannot be asked; the message says why and what to do."""
 
 
@@ -116,8 +117,10 @@ class Predictor:
         boxes: "like this", negative_boxes: "not like this", each left, top, width, height in pixels
         of the picture. Raises PromptError.
         """
-        options = dict(boxes=boxes, negative_boxes=negative_boxes, threshold=threshold)
-        return self.predict_all(phrase, **options)[0]
+        found = self.predict_all(
+            phrase, boxes=boxes, negative_boxes=negative_boxes, threshold=threshold
+        )
+        return found[0]
 
     def predict_all(
         self,
@@ -139,9 +142,16 @@ class Predictor:
         if threshold is None:
             threshold = self.thresholds.get(phrase or VISUAL, self.config.threshold)
         candidates = fetch(candidates, threshold)
-        options = dict(floor=threshold, mask_threshold=self.config.mask_threshold)
+        pixel = self.config.mask_threshold
         return [
-            full_size(candidates, row, picture.height, picture.width, **options)
+            full_size(
+                candidates,
+                row,
+                picture.height,
+                picture.width,
+                floor=threshold,
+                mask_threshold=pixel,
+            )
             for row, picture in enumerate(self.pictures)
         ]
 
@@ -188,7 +198,7 @@ class Predictor:
         picture = picture or self.picture
         if picture is None:
             raise PromptError("no picture yet: call set_image first")
-        return overlay(picture, sorted(instances, key=lambda i: -i.score))
+        return overlay(picture, sorted(instances, key=lambda i: -(i.score or 0.0)))
 
     def check_phrase(self, phrase: str) -> None:
         """Raise PromptError for a phrase that the model cannot read whole."""

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -116,8 +115,9 @@ def _place(name: str) -> tuple[str, str]:
         return f"{prefix} by size", last
     if prefix or name in _TOGETHER:
         return prefix or _TOGETHER[name], last
-    base, layer = re.fullmatch(r"(.+?)((?:_aux_\d+)?(?:_o2m)?)", name).groups()
-    return base, layer.replace("_", " ").strip() or name
+    layer = re.search(r"(_aux_\d+)?(_o2m)?$", name)
+    where = layer.group() if layer else ""
+    return name.removesuffix(where), where.replace("_", " ").strip() or name
 
 
 def _rank(chart: str) -> int:
@@ -352,16 +352,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>' if text else ""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m sam3jax.report RUN", file=sys.stderr)
-        return 2
-    try:
-        print(write_report(arguments[0]))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

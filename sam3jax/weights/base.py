@@ -22,6 +22,7 @@ from sam3jax.weights.model_folder import (
     load_tokenizer,
     open_model_folder,
 )
+from sam3jax.weights.scope import scope_of
 from sam3jax.weights.tree import Tree
 
 # What a user sets of a model that is read from a folder; its sizes come with it.
@@ -59,7 +60,7 @@ def open_base(config: Config) -> Base:
     tokenizer = load_tokenizer(folder)
 
     def load() -> Weights:
-        params = load_params(folder, np.float32)
+        params = load_params(folder, np.float32, scope_of(config).parts)
         return Weights(params, fingerprint(params))
 
     return Base(_with_sizes(config, folder.config, path), tokenizer, load)
@@ -77,8 +78,11 @@ def _noise(config: Config) -> Base:
             "--src sam3.pt --out models/sam3, then init=models/sam3); to learn from nothing set "
             "model.preset=tiny"
         )
+    parts = scope_of(config).parts
     tokenizer = Tokenizer(build_byte_tokenizer(config.model.vocab_size), config.model.text_length)
-    return Base(config, tokenizer, lambda: Weights(init_params(config.model, config.seed), "noise"))
+    return Base(
+        config, tokenizer, lambda: Weights(init_params(config.model, config.seed, parts), "noise")
+    )
 
 
 def _run(config: Config, path: Path) -> Base:

@@ -76,9 +76,9 @@ class Checkpoints:
         """The JSON that was saved with a step."""
         return self._restore(step, about=ocp.args.JsonRestore())["about"]
 
-    def validation(self, step: int) -> dict[str, Any] | None:
+    def validation(self, step: int | None) -> dict[str, Any] | None:
         """{"metrics", "thresholds", "score"} of a step, None where it was not validated."""
-        return self._validations.get(step)
+        return None if step is None else self._validations.get(step)
 
     def weights(self, step: int, like: Tree) -> Tree:
         """The trained weights of a step as host arrays; `like` has their shapes."""

@@ -11,20 +11,22 @@ the other blocks have scale 0, are never updated, and are not counted.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sam3jax.config import ConfigError, LoraConfig, ModelConfig
-from sam3jax.weights.names import Entry, entries
+from sam3jax.weights.names import DEFAULT_PARTS, Entry, entries
+from sam3jax.weights.scope import DETECTION, Scope
 from sam3jax.weights.tree import Path, Tree, leaf, put
 
 
-def linear_layers(config: ModelConfig) -> list[Entry]:
-    """The kernel of every linear layer, one entry a layer: what an adapter can sit on."""
-    return [e for e in entries(config) if e.path[-1] == "kernel" and e.transform == "transpose"]
+def linear_layers(config: ModelConfig, parts: Iterable[str] = DEFAULT_PARTS) -> list[Entry]:
+    """The kernel of every linear layer of these parts, one entry a layer: what an adapter can sit on."""
+    table = entries(config, parts)
+    return [e for e in table if e.path[-1] == "kernel" and e.transform == "transpose"]
 
 
 def select(patterns: Sequence[str], names: Sequence[str], key: str) -> set[str]:
@@ -47,13 +49,17 @@ def select(patterns: Sequence[str], names: Sequence[str], key: str) -> set[str]:
 
 
 def init_lora(
-    key: jax.Array, params: Tree, model: ModelConfig, config: LoraConfig
+    key: jax.Array,
+    params: Tree,
+    model: ModelConfig,
+    config: LoraConfig,
+    scope: Scope = DETECTION,
 ) -> tuple[Tree, Tree]:
     """(lora, lora_scale): A uniform with variance 1 / (3 D), B zero, so that nothing changes yet.
 
     params: the tree of arrays or of shapes. Raises ConfigError for a pattern without a match.
     """
-    layers = linear_layers(model)
+    layers = [e for e in linear_layers(model, scope.parts) if scope.covers(e)]
     chosen = select(config.targets, [e.layer for e in layers], "lora.targets")
     slots: dict[Path, list[tuple[int, ...]]] = {}
     for entry in layers:

@@ -2,9 +2,10 @@
 
     config.json             the ModelConfig, and where the weights came from
     tokenizer.json          the vocabulary
-    model.safetensors       the parameter tree, layers stacked as in Flax, named vit/ln_pre/scale, ...
-    carried.safetensors     tensors that the detector does not use (tracker, second neck, dead ones),
-                            under torch names, so that an export can hand them back; may be absent
+    model.safetensors       the parameter tree, layers stacked as in Flax, named vit/ln_pre/scale, ...:
+                            the detector, and other parts where a training made them live
+    carried.safetensors     tensors of no live part (tracker, second neck, dead ones), under torch
+                            names, so that an export can hand them back; may be absent
 
 The folder appears whole or not at all. `shipped:NAME` stands for one inside the package, in
 sam3jax/assets.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from sam3jax.config import ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import FileError, refuse_to_replace, whole
+from sam3jax.weights.names import DEFAULT_PARTS, parts_of
 from sam3jax.weights.tensor_file import (
     Tensor,
     is_float,
@@ -46,7 +48,7 @@ _ASSETS = Path(__file__).parents[1] / "assets"
 class ModelFolder:
     """A model folder, its tensors unread.
 
-    leaves: the parameter tree by path. carried: by torch name. tokenizer: the JSON text, or None.
+    leaves: the parameter tree by path, of all parts that are live. carried: by torch name. tokenizer: the JSON text, or None.
     source: what the conversion noted about the checkpoint (layout, prefixes, ...).
     """
 
@@ -118,12 +120,9 @@ def open_model_folder(path: str | Path) -> ModelFolder:
 def _check_leaves(
     path: Path, leaves: Mapping[tuple[str, ...], Tensor], config: ModelConfig
 ) -> None:
-    import jax
+    from sam3jax.weights.parts import leaf_shapes
 
-    from sam3jax.model.init import parameter_shapes
-
-    tree = jax.tree.leaves_with_path(parameter_shapes(config))
-    want = {tuple(k.key for k in keys): leaf.shape for keys, leaf in tree}
+    want = leaf_shapes(config, _parts(leaves))
     wrong = [f"{'/'.join(p)} is missing" for p in want.keys() - leaves.keys()]
     wrong += [f"{'/'.join(p)} has no place" for p in leaves.keys() - want.keys()]
     wrong += [
@@ -136,6 +135,12 @@ def _check_leaves(
             f"{path}: {WEIGHTS} does not fit {CONFIG}, convert the checkpoint again; {len(wrong)} arrays differ: "
             f"{'; '.join(sorted(wrong))}"
         )
+
+
+def _parts(leaves: Mapping[tuple[str, ...], Tensor]) -> tuple[str, ...]:
+    """The parts that a weights file holds; a detector is always expected."""
+    found = parts_of(path[0] for path in leaves)
+    return tuple(dict.fromkeys((*DEFAULT_PARTS, *found)))
 
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
@@ -153,10 +158,20 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     return tokenizer
 
 
-def load_params(folder: ModelFolder, dtype: Any = None) -> dict[str, Any]:
-    """The parameter tree of a model folder; numpy arrays, floats in `dtype` or as stored."""
+def load_params(
+    folder: ModelFolder, dtype: Any = None, parts: Iterable[str] = DEFAULT_PARTS
+) -> dict[str, Any]:
+    """The parameter tree of a model folder; numpy arrays, floats in `dtype` or as stored.
+
+    parts: which parts of the model become leaves (sam3jax.weights.names); those that the folder
+    carries under torch names are turned, others that it holds are left out.
+    Raises FileError where the folder lacks a part.
+    """
+    from sam3jax.weights.parts import live_parts
+
     params: dict[str, Any] = {}
-    for path, tensor in folder.leaves.items():
+    leaves = live_parts(folder.leaves, folder.carried, folder.config, parts, str(folder.path))
+    for path, tensor in leaves.items():
         if dtype is not None and is_float(tensor.dtype):
             tensor = tensor.astype(dtype)
         put(params, path, read_named("/".join(path), tensor))
@@ -164,15 +179,16 @@ def load_params(folder: ModelFolder, dtype: Any = None) -> dict[str, Any]:
 
 
 def load_model_folder(
-    path: str | Path, *, dtype: Any = None
+    path: str | Path, *, dtype: Any = None, parts: Iterable[str] = DEFAULT_PARTS
 ) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
     """(config, params, tokenizer) of a model folder; numpy arrays, floats in `dtype` or as stored.
 
-    Raises FileError where the folder is damaged or holds no vocabulary for its text tower.
+    parts: as in `load_params`. Raises FileError where the folder is damaged, lacks a part, or holds no
+    vocabulary for its text tower.
     """
     folder = open_model_folder(path)
     tokenizer = load_tokenizer(folder)
-    return folder.config, load_params(folder, dtype), tokenizer
+    return folder.config, load_params(folder, dtype, parts), tokenizer
 
 
 def save_model_folder(

@@ -1,4 +1,7 @@
-"""THE table: every tensor of the published detector, its name in transformers and its place in Flax.
+"""THE table: every tensor of the published model, its name in transformers and its place in Flax.
+
+The model has parts: the detector, the second neck and the interactive heads. A caller that names the
+parts it uses gets their tensors as leaves of the parameter tree; tensors of other parts are carried.
 
 Names on the left are per layer, as in the checkpoint behind `detector.`; `{block}` numbers the ViT's
 blocks and `{layer}` the layers of a stack. In the middle, the same in transformers' `Sam3Model`, which
@@ -11,18 +14,31 @@ matched against the official per-layer names. Nothing here needs torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from sam3jax.config import ModelConfig
+from sam3jax.weights.tracker_names import (
+    INTERACTIVE_TABLE,
+    NECK,
+    NECK_HUGGINGFACE,
+    SECOND_NECK_DEAD,
+    SECOND_NECK_TABLE,
+    STACKS,
+    dead_neck_rows,
+    neck_rows,
+)
+
+DETECTOR_PART, SECOND_NECK_PART, INTERACTIVE_PART = "detector", "second_neck", "interactive"
+DEFAULT_PARTS = (DETECTOR_PART,)
 
 VIT, TEXT = "backbone.vision_backbone.trunk", "backbone.language_backbone"
-NECK, HEAD = "backbone.vision_backbone.convs", "segmentation_head"
+HEAD = "segmentation_head"
 GEOMETRY, FUSION, DECODER = "geometry_encoder", "transformer.encoder", "transformer.decoder"
 # The same parts in transformers.
-_VIT, NECK_HUGGINGFACE = "vision_encoder.backbone", "vision_encoder.neck.fpn_layers"
+_VIT = "vision_encoder.backbone"
 _TEXT, _DECODER, _HEAD, _SCORE = (
     "text_encoder.text_model",
     "detr_decoder",
@@ -43,15 +59,7 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     (f"{VIT}.blocks.{{block}}.norm2", f"{_VIT}.layers.{{block}}.layer_norm2", "vit/stages/{block}/norm2", "norm"),
     (f"{VIT}.blocks.{{block}}.mlp.fc1", f"{_VIT}.layers.{{block}}.mlp.fc1", "vit/stages/{block}/mlp/fc1", "linear"),
     (f"{VIT}.blocks.{{block}}.mlp.fc2", f"{_VIT}.layers.{{block}}.mlp.fc2", "vit/stages/{block}/mlp/fc2", "linear"),
-    (f"{NECK}.0.dconv_2x2_0", f"{NECK_HUGGINGFACE}.0.scale_layers.0", "neck/convs_0_dconv_2x2_0", "upsample"),
-    (f"{NECK}.0.dconv_2x2_1", f"{NECK_HUGGINGFACE}.0.scale_layers.2", "neck/convs_0_dconv_2x2_1", "upsample"),
-    (f"{NECK}.0.conv_1x1", f"{NECK_HUGGINGFACE}.0.proj1", "neck/convs_0_conv_1x1", "conv"),
-    (f"{NECK}.0.conv_3x3", f"{NECK_HUGGINGFACE}.0.proj2", "neck/convs_0_conv_3x3", "conv"),
-    (f"{NECK}.1.dconv_2x2", f"{NECK_HUGGINGFACE}.1.scale_layers.0", "neck/convs_1_dconv_2x2", "upsample"),
-    (f"{NECK}.1.conv_1x1", f"{NECK_HUGGINGFACE}.1.proj1", "neck/convs_1_conv_1x1", "conv"),
-    (f"{NECK}.1.conv_3x3", f"{NECK_HUGGINGFACE}.1.proj2", "neck/convs_1_conv_3x3", "conv"),
-    (f"{NECK}.2.conv_1x1", f"{NECK_HUGGINGFACE}.2.proj1", "neck/convs_2_conv_1x1", "conv"),
-    (f"{NECK}.2.conv_3x3", f"{NECK_HUGGINGFACE}.2.proj2", "neck/convs_2_conv_3x3", "conv"),
+    *neck_rows(NECK, NECK_HUGGINGFACE, "neck"),
     (f"{TEXT}.encoder.token_embedding.weight", f"{_TEXT}.embeddings.token_embedding.weight", "text_encoder/token_embedding", "same"),
     (f"{TEXT}.encoder.positional_embedding", f"{_TEXT}.embeddings.position_embedding.weight", "text_encoder/positional_embedding", "same"),
     (f"{TEXT}.encoder.transformer.resblocks.{{layer}}", f"{_TEXT}.encoder.layers.{{layer}}", "text_encoder/resblocks", "text_layer"),
@@ -94,11 +102,16 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("dot_prod_scoring.hs_proj", f"{_SCORE}.query_proj", "scoring/hs_proj", "linear"),
 )  # fmt: skip
 
+PARTS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
+    DETECTOR_PART: TABLE,
+    SECOND_NECK_PART: SECOND_NECK_TABLE,
+    INTERACTIVE_PART: INTERACTIVE_TABLE,
+}
+
 # Tensors that reach no output: carried through, never trained. No name: transformers has none.
 DEAD: tuple[tuple[str, str, str], ...] = (
     (f"{TEXT}.encoder.text_projection", "text_encoder.text_projection.weight", "projection"),
-    (f"{NECK}.3.conv_1x1", f"{NECK_HUGGINGFACE}.3.proj1", "conv"),
-    (f"{NECK}.3.conv_3x3", f"{NECK_HUGGINGFACE}.3.proj2", "conv"),
+    *dead_neck_rows(NECK, NECK_HUGGINGFACE),
     (f"{HEAD}.pixel_decoder.conv_layers.2", f"{_HEAD}.pixel_decoder.conv_layers.2", "conv"),
     (f"{HEAD}.pixel_decoder.norms.2", f"{_HEAD}.pixel_decoder.norms.2", "norm"),
     (f"{GEOMETRY}.points_direct_project", "", "linear"),
@@ -115,6 +128,26 @@ COMPOSITE: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "mlp2": tuple((f".layers.{i}", f".layer{i + 1}", f"/layers_{i}", "linear") for i in range(2)),
     "mlp3": tuple((f".layers.{i}", f".layer{i + 1}", f"/layers_{i}", "linear") for i in range(3)),
     "mask_mlp": tuple((f".layers.{i}", f".layers.{i}", f"/layers_{i}", "linear") for i in range(3)),
+    # transformers names the ends of these, and numbers what lies between.
+    "ends_mlp": tuple(
+        (f".layers.{i}", f".{name}", f"/layers_{i}", "linear")
+        for i, name in enumerate(("proj_in", "layers.0", "proj_out"))
+    ),
+    "split_attention": tuple(
+        (f".{torch}", f".{huggingface}", f"/{torch}", "linear")
+        for torch, huggingface in (
+            ("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("out_proj", "o_proj"),
+        )
+    ),
+    "two_way_layer": (
+        *(
+            (f".{name}", f".{name}", f"/{name}", "split_attention")
+            for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+        ),
+        (".mlp.lin1", ".mlp.proj_in", "/lin1", "linear"),
+        (".mlp.lin2", ".mlp.proj_out", "/lin2", "linear"),
+        *((f".norm{i}", f".layer_norm{i}", f"/norm{i}", "norm") for i in (1, 2, 3, 4)),
+    ),
     "text_layer": (
         (".ln_1", ".layer_norm1", "/ln_1", "norm"),
         (".attn", ".self_attn", "/attn", "text_attention"),
@@ -143,6 +176,8 @@ COMPOSITE: dict[str, tuple[tuple[str, str, str, str], ...]] = {
 # Transforms: torch array -> Flax array, and back.
 TRANSFORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "same": (lambda x: x, lambda x: x),
+    "buffer": (lambda x: x, lambda x: x),
+    "row": (lambda x: x[0], lambda x: x[None]),
     "transpose": (lambda x: x.T, lambda x: x.T),
     "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
     "upsample": (lambda x: x.transpose(0, 2, 3, 1), lambda x: x.transpose(0, 3, 1, 2)),
@@ -166,6 +201,8 @@ _ATTENTION = lambda out: (
 )  # fmt: skip
 LEAVES: dict[str, tuple[tuple[str, tuple[str, ...], str, str, int | None], ...]] = {
     "same": (("", ("",), "", "same", None),),
+    "buffer": (("", ("",), "", "buffer", None),),
+    "row": (("", ("",), "", "row", None),),
     "positions": (("", ("",), "", "same", None),),
     "projection": (("", ("",), "", "same", None),),
     "linear": _BOTH("transpose"),
@@ -211,6 +248,11 @@ class Entry:
             return self.torch
         return f"{self.layer}.{'bias' if self.torch.endswith('bias') else 'weight'}"
 
+    @property
+    def is_buffer(self) -> bool:
+        """Whether the tensor is a constant of the model, which no training may move."""
+        return self.transform == "buffer"
+
     def read(self, tensor: np.ndarray) -> np.ndarray:
         """The Flax array of this entry from the torch tensor."""
         if self.third is not None:
@@ -223,9 +265,21 @@ class Entry:
         return TRANSFORMS[self.transform][1](array)
 
 
-def entries(config: ModelConfig) -> list[Entry]:
-    """Every live tensor of a detector of this size, in checkpoint order of the table."""
-    return [entry for row in TABLE for entry in _expand(*row, config)]
+def entries(config: ModelConfig, parts: Iterable[str] = DEFAULT_PARTS) -> list[Entry]:
+    """Every live tensor of these parts of a model of this size, in checkpoint order of the table."""
+    rows = [row for part in parts for row in PARTS[part]]
+    return [entry for row in rows for entry in _expand(*row, config)]
+
+
+def roots(part: str) -> set[str]:
+    """Where a part lies in the parameter tree: the first names of its paths."""
+    return {flax.split("/")[0] for _, _, flax, _ in PARTS[part]}
+
+
+def parts_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The parts that these roots of a parameter tree belong to, in the order of PARTS."""
+    names = set(names)
+    return tuple(part for part in PARTS if roots(part) & names)
 
 
 def carried_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -283,11 +337,11 @@ def _simple(
 def _expand(torch: str, huggingface: str, flax: str, kind: str, c: ModelConfig) -> Iterator[Entry]:
     for torch_row, huggingface_row, flax_row, part in _simple(torch, huggingface, flax, kind):
         for number, place, slot in _slots(torch_row, flax_row, c):
-            names = (
+            torch_name, huggingface_name = (
                 n.replace("{block}", number).replace("{layer}", number)
                 for n in (torch_row, huggingface_row)
             )
-            yield from _leaves(*names, place, part, slot)
+            yield from _leaves(torch_name, huggingface_name, place, part, slot)
 
 
 def _leaves(
@@ -314,6 +368,7 @@ def _slots(torch: str, flax: str, c: ModelConfig) -> Iterator[tuple[str, str, tu
             GEOMETRY: c.geometry_layers,
             FUSION: c.fusion_layers,
             DECODER: c.decoder_layers,
+            **STACKS,
         }
         for layer in range(next(n for prefix, n in stacks.items() if torch.startswith(prefix))):
             slot = () if "{layer}" in flax else (layer,)
@@ -326,3 +381,24 @@ def _square_patch(x: np.ndarray) -> np.ndarray:
     """[patch * patch * 3, D] -> [patch, patch, 3, D]."""
     edge = round((x.shape[0] / 3) ** 0.5)
     return x.reshape(edge, edge, 3, x.shape[1])
+
+
+def _renames(rows: Iterable[tuple[str, str, str, str]]) -> Iterator[tuple[str, str]]:
+    """(official, transformers) name of every tensor of these rows that transformers has."""
+    for row in rows:
+        for torch, huggingface, _, kind in _simple(*row):
+            for entry in _leaves(torch, huggingface, "", kind, ()):
+                if entry.huggingface:
+                    yield entry.torch, entry.huggingface[0]
+
+
+# Tensors of the second neck and the heads are only renamed: (official, transformers), `{layer}` left in.
+TRACKER_TEMPLATES = tuple(
+    _renames(
+        (
+            *SECOND_NECK_TABLE,
+            *((torch, huggingface, "", kind) for torch, huggingface, kind in SECOND_NECK_DEAD),
+            *INTERACTIVE_TABLE,
+        )
+    )
+)

@@ -15,8 +15,14 @@ import jax
 
 from sam3jax.config import Config, ConfigError, ModelConfig
 from sam3jax.weights.lora import init_lora, select
-from sam3jax.weights.names import entries
+from sam3jax.weights.scope import live_entries, scope_of
 from sam3jax.weights.tree import Tree, leaf, overlay, put
+
+# Layers that compute in float32 whatever the rest does.
+_IN_FLOAT32 = {
+    "scoring", "bbox_embed", "presence_token_head",
+    "output_hypernetworks_mlps", "iou_prediction_head", "pred_obj_score_head",
+}  # fmt: skip
 
 
 def start(params: Tree, config: Config) -> tuple[Tree, Tree]:
@@ -27,7 +33,7 @@ def start(params: Tree, config: Config) -> tuple[Tree, Tree]:
     lora, scale = {}, {}
     if config.train == "lora" and config.lora.enabled:
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        lora, scale = init_lora(key, params, config.model, config.lora)
+        lora, scale = init_lora(key, params, config.model, config.lora, scope_of(config))
     trainable, frozen = split(params, lora, scale, config)
     if not jax.tree.leaves(trainable):
         raise ConfigError("nothing is trained: lora.enabled is false and `trainable` is empty")
@@ -35,13 +41,18 @@ def start(params: Tree, config: Config) -> tuple[Tree, Tree]:
 
 
 def split(params: Tree, lora: Tree, lora_scale: Tree, config: Config) -> tuple[Tree, Tree]:
-    """(trainable, frozen) of a run. Raises ConfigError for a pattern without a match."""
-    table = entries(config.model)
+    """(trainable, frozen) of a run. Raises ConfigError for a pattern without a match.
+
+    Buffers, such as the prompt encoder's random frequencies, and what the task does not read are frozen
+    whatever is trained.
+    """
+    table = live_entries(config)
+    can_move = [e for e in table if scope_of(config).covers(e)]
     if config.train == "all":
-        paths = {e.path for e in table}
+        paths = {e.path for e in can_move}
     else:
-        chosen = select(config.trainable, [e.name for e in table], "trainable")
-        paths = {e.path for e in table if e.name in chosen}
+        chosen = select(config.trainable, [e.name for e in can_move], "trainable")
+        paths = {e.path for e in can_move if e.name in chosen}
     trained: Tree = {}
     rest: Tree = {}
     for path in dict.fromkeys(e.path for e in table):
@@ -72,7 +83,7 @@ def compact(frozen: Tree, config: ModelConfig, backend: str) -> Tree:
     dtype = config.compute_dtype
 
     def cast(path: tuple[Any, ...], x: Any) -> Any:
-        exact = {"scoring", "bbox_embed", "presence_token_head"} & {k.key for k in path}
+        exact = _IN_FLOAT32 & {k.key for k in path}
         as_is = exact or path[-1].key != "kernel" or x.dtype == dtype
         return x if as_is else x.astype(dtype)
 

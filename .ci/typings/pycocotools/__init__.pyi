@@ -1,0 +1,1 @@
+"""The public stubs know fewer forms of masks than the library takes; these say nothing about them."""

@@ -1,0 +1,206 @@
+"""Batches of objects to click on, from the same data sets and with the same transforms as the detector's.
+
+As in sam3jax.data.loader a batch is a function of its number alone. A training picture shows up to
+`clicks.objects` of its objects, drawn anew each epoch; evaluation shows every object once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from sam3jax.config import Config, ConfigError
+from sam3jax.data import transforms
+from sam3jax.data.augmentation import Change, draw_change
+from sam3jax.data.examples import Arrays, move_instance, stack
+from sam3jax.data.ledger import DataError
+from sam3jax.data.loader import EvalLoader, TrainLoader
+from sam3jax.data.records import Annotation, Dataset, ImageRecord
+from sam3jax.data.sampling import Order, fingerprint
+from sam3jax.data.streams import ENDLESS, Opaque, local_size, run_ahead
+from sam3jax.types import ClickBatch
+
+NO_POINT = -2
+
+
+def clickable(record: ImageRecord) -> tuple[Annotation, ...]:
+    """The objects of a picture that have a mask; regions of a crowd are no objects.
+
+    An object that is annotated under two categories is one object.
+    """
+    found = (a for a in record.annotations if a.segmentation is not None and not a.iscrowd)
+    return tuple({(a.bbox, a.area): a for a in found}.values())
+
+
+def with_objects(dataset: Dataset) -> Dataset:
+    """The pictures with something to click on. Raises DataError where there are none."""
+    images = tuple(record for record in dataset.images if clickable(record))
+    if not images:
+        raise DataError(
+            f"{dataset.name} has no object with a mask, so there is nothing to click on: clicks need "
+            "`segmentation` in the annotations (polygons or RLE), boxes are not enough"
+        )
+    return replace(dataset, images=images)
+
+
+def make_click_loader(
+    dataset: Dataset, config: Config, *, process_index: int = 0, process_count: int = 1
+) -> TrainLoader:
+    """Shuffled, augmented ClickBatches of config.batch_size pictures, this process's rows of them.
+
+    Pictures without an object that has a mask are left out. Raises ConfigError and DataError.
+    """
+    if (config.data.min_size or 0) > config.model.image_size:
+        raise ConfigError(
+            f"config key data.min_size: {config.data.min_size} is larger than model.image_size "
+            f"{config.model.image_size}; random edges lie between the two"
+        )
+    rows = tuple(row for row, record in enumerate(dataset.images) if clickable(record))
+    dataset = with_objects(dataset)
+    local = local_size(config.batch_size, process_count, "batch_size")
+    batch_of = Opaque(
+        _train_batch,
+        dataset=dataset,
+        rows=rows,
+        order=Order(dataset, config.seed, config.data.repeat_threshold),
+        config=config,
+        objects=objects_of(dataset, config),
+        stride=config.batch_size,
+        offset=process_index * local,
+        local=local,
+    )
+    identity = {**fingerprint(dataset), "seed": config.seed}
+
+    def stream(start: int) -> Iterator[ClickBatch]:
+        for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
+            yield ClickBatch(**arrays)
+
+    return TrainLoader(stream, config.batch_size, identity)
+
+
+def make_click_eval_loader(
+    dataset: Dataset,
+    config: Config,
+    *,
+    batch_size: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvalLoader:
+    """Every object once, in order, nothing random; pictures with many objects come several times.
+
+    batch_size: pictures over all processes. The picture of a row is `dataset.images[image_id]`.
+    """
+    batch_size = batch_size or config.evaluation.batch_size
+    local = local_size(batch_size, process_count, "evaluation.batch_size")
+    most = objects_of(dataset, config)
+    rows = tuple(
+        (row, found[start : start + most])
+        for row, record in enumerate(dataset.images)
+        for found in (clickable(record),)
+        for start in range(0, len(found), most)
+    )
+    length = -(-len(rows) // batch_size)
+    batch_of = Opaque(
+        _eval_batch,
+        dataset=dataset,
+        rows=rows,
+        size=config.model.image_size,
+        objects=most,
+        stride=batch_size,
+        offset=process_index * local,
+        local=local,
+    )
+
+    def stream() -> Iterator[ClickBatch]:
+        for arrays in run_ahead(batch_of, 0, length, config.data.workers):
+            yield ClickBatch(**arrays)
+
+    return EvalLoader(stream, length)
+
+
+def objects_of(dataset: Dataset, config: Config) -> int:
+    """Objects of a picture in a batch: no more than the richest picture has."""
+    return min(config.clicks.objects, max(len(clickable(r)) for r in dataset.images) or 1)
+
+
+def _example(
+    record: ImageRecord,
+    annotations: tuple[Annotation, ...],
+    transform: transforms.Transform,
+    objects: int,
+    change: Change | None = None,
+) -> Arrays:
+    """One picture's arrays: the first `objects` of the annotations of which something is left."""
+    size_x, size_y = transform.canvas
+    out: Arrays = {
+        "images": transforms.move_picture(transform, record.open(), change),
+        "masks": np.zeros((objects, size_y, -(-size_x // 8)), np.uint8),
+        "valid": np.zeros(objects, bool),
+        "points": np.zeros((objects, 0, 2), np.float32),
+        "labels": np.full((objects, 0), NO_POINT, np.int32),
+    }
+    place = 0
+    for annotation in annotations:
+        if place == objects:
+            break
+        moved = move_instance(annotation, record, transform, True)
+        if moved is None or moved[1] is None:
+            continue
+        out["masks"][place], out["valid"][place] = transforms.pack_mask(moved[1]), True
+        place += 1
+    return out
+
+
+def _train_batch(
+    number: int,
+    *,
+    dataset: Dataset,
+    rows: tuple[int, ...],
+    order: Order,
+    config: Config,
+    objects: int,
+    stride: int,
+    offset: int,
+    local: int,
+) -> Arrays:
+    out = []
+    for position in range(number * stride + offset, number * stride + offset + local):
+        turn, row = order(position)
+        record = dataset.images[row]
+        rng = np.random.default_rng((config.seed, turn, row, 1))
+        size = config.model.image_size
+        transform = transforms.draw_transform(rng, record.width, record.height, size, config.data)
+        change = draw_change(np.random.default_rng((config.seed, turn, row, 2)), config.data)
+        found = clickable(record)
+        drawn = tuple(found[k] for k in rng.permutation(len(found)))
+        arrays = _example(record, drawn, transform, objects, change)
+        luck = np.uint32(np.random.default_rng((config.seed, turn, row, 3)).integers(2**32))
+        out.append(
+            {**arrays, "image_id": np.int32(rows[row]), "image_valid": np.True_, "luck": luck}
+        )
+    return stack(out)
+
+
+def _eval_batch(
+    number: int,
+    *,
+    dataset: Dataset,
+    rows: tuple[tuple[int, tuple[Annotation, ...]], ...],
+    size: int,
+    objects: int,
+    stride: int,
+    offset: int,
+    local: int,
+) -> Arrays:
+    out = []
+    for position in range(number * stride + offset, number * stride + offset + local):
+        row, annotations = rows[min(position, len(rows) - 1)]
+        real = position < len(rows)
+        record = dataset.images[row]
+        transform = transforms.square(record.width, record.height, size)
+        arrays = _example(record, annotations, transform, objects)
+        place = {"image_id": np.int32(row), "image_valid": np.bool_(real), "luck": np.uint32(0)}
+        out.append({**arrays, **place})
+    return stack(out)

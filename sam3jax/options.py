@@ -1,0 +1,185 @@
+"""What each command takes: the parsers, without anything heavy, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+Parser = argparse.ArgumentParser
+
+
+def parse(command: str, arguments: Sequence[str] | None, prog: str = "") -> argparse.Namespace:
+    """The options of a command; ends the program with status 2 where they are wrong, 0 after --help.
+
+    arguments: None stands for those of the process. Settings and options may be mixed, and `--steps 100`
+    means `steps=100`.
+    """
+    parser = Parser(prog=prog or f"python -m sam3jax.{command}", allow_abbrev=False)
+    PARSERS[command](parser)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if command in TAKE_SETTINGS:
+        words = _settings_as_words(words, parser)
+    return parser.parse_intermixed_args(words)
+
+
+def _train(parser: Parser) -> None:
+    parser.description = (
+        "Train a SAM 3 detector. An interrupted run continues with the same command."
+    )
+    parser.add_argument("--config", help="YAML file, see configs/")
+    _add_settings(parser)
+    hosts = parser.add_argument_group(
+        "many hosts", "the same command on each; the run folder on a disk that all of them see"
+    )
+    hosts.add_argument(
+        "--distributed",
+        action="store_true",
+        help="take the rest from the cluster (Slurm, MPI, TPU, ...)",
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    hosts.add_argument("--num-processes", type=int)
+    hosts.add_argument("--process-id", type=int, help="0, 1, ...")
+
+
+def _evaluate(parser: Parser) -> None:
+    parser.description = "Measure a run on a COCO data set."
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--data", help="COCO folder; default: the run's validation data")
+    parser.add_argument("--split", help="default: the run's validation split")
+    parser.add_argument("--base", action="store_true", help="the model that the run started from")
+    parser.add_argument("--compare", action="store_true", help="base against tuned")
+    parser.add_argument("--probe", metavar="DATA", help="second data set that must not degrade")
+    parser.add_argument("--probe-split", default="valid", metavar="SPLIT")
+    parser.add_argument("--output", help="folder to write into; default: the run folder")
+
+
+def _predict(parser: Parser) -> None:
+    parser.description = "Find phrases in pictures."
+    parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
+    parser.add_argument("--base", action="store_true", help="the model that the run started from")
+    parser.add_argument(
+        "--phrase", action="append", default=[], help="what to look for; may be repeated"
+    )
+    parser.add_argument(
+        "--box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="like this"
+    )
+    parser.add_argument(
+        "--negative-box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="not this"
+    )
+    parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
+    parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
+    parser.add_argument("--no-overlay", action="store_true", help="JSON only")
+    video = parser.add_argument_group("videos")
+    video.add_argument("--video", action="store_true", help="each folder named is one video")
+    video.add_argument("--reverse", action="store_true", help="from the last frame to the first")
+    video.add_argument(
+        "--frames-per-device", type=int, default=1, metavar="N", help="at a time, default 1"
+    )
+
+
+def _doctor(parser: Parser) -> None:
+    parser.description = "Say what was read from a data set, and what is odd about it."
+    parser.epilog = (
+        "Every split is looked at and every error is printed. The --output folder gets a contact sheet of each "
+        "split, a table of categories, histograms, and doctor.json with every odd entry."
+    )
+    parser.add_argument("data", help="folder with pictures and COCO JSON, or the JSON itself")
+    _add_settings(parser)
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every picture, not only its header"
+    )
+    parser.add_argument("--output", default="doctor", metavar="DIR", help="default: doctor")
+    parser.add_argument(
+        "--import", dest="format", choices=IMPORTS, help="first convert data of this format"
+    )
+    parser.add_argument("--out", metavar="COCO_DIR", help="new folder that --import writes")
+
+
+def _report(parser: Parser) -> None:
+    parser.description = "Write report.html into a run folder."
+    parser.add_argument("run", metavar="RUN", help="run folder")
+
+
+def _demo(parser: Parser) -> None:
+    parser.description = "Teach the tiny SAM 3 of the package five concepts that it has never seen."
+    parser.add_argument("--config", default=DEMO, help=f"YAML file; default: {DEMO}")
+    _add_settings(parser)
+
+
+def _list_settings(parser: Parser) -> None:
+    parser.description = "Print every setting with its default, its bounds and its meaning."
+    parser.add_argument(
+        "group", nargs="?", metavar="GROUP", help="run, model, lora, loss, data, ...; default: all"
+    )
+
+
+DEMO = "configs/demo.yaml"
+IMPORTS = ("yolo", "voc", "labelme", "cvat", "masks")  # sam3jax.data.importers
+PARSERS: dict[str, Callable[[Parser], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "doctor": _doctor,
+    "report": _report,
+    "demo": _demo,
+    "settings": _list_settings,
+}
+TAKE_SETTINGS = ("train", "demo", "doctor")
+
+
+def _add_settings(parser: Parser) -> None:
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="any setting; `sam3jax settings` lists them",
+    )
+
+
+def _settings_as_words(words: list[str], parser: Parser) -> list[str]:
+    """`--steps 100`, `--steps=100` and `--data.flip` become `steps=100` and `data.flip=true`."""
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    kept: list[str] = []
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        kind = None if flag in known or not re.match(r"--[a-z]", flag) else _kind_of(flag[2:])
+        if kind is None:
+            kept.append(word)
+            # The value of an option is no setting, whatever it looks like.
+            if flag in known and not equals and words and parser._option_string_actions[flag].nargs != 0:  # fmt: skip
+                kept.append(words.pop(0))
+        elif equals:
+            kept.append(f"{flag[2:]}={value}")
+        elif kind is bool and (not words or words[0].lower() not in ("true", "false")):
+            kept.append(f"{flag[2:]}=true")
+        elif words:
+            kept.append(f"{flag[2:]}={words.pop(0)}")
+        else:
+            parser.error(f"{flag}: expected a value, for example {flag[2:]}=...")
+    return kept
+
+
+def _kind_of(name: str) -> object:
+    """The type of a setting, None where there is no such setting."""
+    from sam3jax.config.loading import field_at
+
+    field = field_at(name.split("."))
+    return field.annotation if field is not None else None
+
+
+def _box(text: str) -> list[float]:
+    try:
+        values = [float(v) for v in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != 4:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected left,top,width,height in pixels, for example 40,30,100,80"
+        )
+    return values

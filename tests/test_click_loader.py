@@ -1,0 +1,106 @@
+"""Batches of objects to click on: static shapes, resumable, the same for any number of processes."""
+
+import jax
+import numpy as np
+import pytest
+
+from sam3jax.config import parse_config
+from sam3jax.data.click_loader import clickable, make_click_eval_loader, make_click_loader
+from sam3jax.data.coco import decode_mask
+from sam3jax.data.folders import read_dataset
+from sam3jax.data.pictures import DataError
+from sam3jax.data.transforms import move_mask, square, unpack_mask
+from tests.coco_folders import annotation, write
+
+SIZES = (0, 1, 4, 2, 5)  # objects of each picture
+
+
+def config_of(**sections):
+    model = dict(preset="tiny", image_size=84, window_size=3, pretrain_image_size=42)
+    return parse_config({"model": model, **sections})
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    items = [
+        annotation(len(SIZES) * image + k, image, 1 + k % 3, (3 + 9 * k, 4 + 5 * k, 8 + k, 9))
+        for image, count in enumerate(SIZES)
+        for k in range(count)
+    ]
+    # The first object of the last picture again, under another category; a box; a crowd.
+    twice = dict(next(a for a in items if a["image_id"] == 4), id=900, category_id=3)
+    items += [twice, annotation(901, 3, 1, (1, 1, 5, 5), segmentation=[])]
+    crowd = {"counts": [0, 2400], "size": [40, 60]}
+    items += [annotation(902, 3, 1, (0, 0, 60, 40), segmentation=crowd, iscrowd=1)]
+    return read_dataset(write(tmp_path / "d", items, images=len(SIZES)))
+
+
+def take(loader, count):
+    return [next(loader) for _ in range(count)]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_objects_are_what_has_a_mask_once(dataset):
+    assert [len(clickable(record)) for record in dataset.images] == list(SIZES)
+
+
+def test_evaluation_shows_every_object_once(dataset):
+    config = config_of(clicks={"objects": 3})
+    loader = make_click_eval_loader(dataset, config, batch_size=3)
+    batches = list(loader)
+    # Pictures of 1, 4, 2 and 5 objects, three at a time: 1 + 2 + 1 + 2 rows, filled up to six.
+    assert len(batches) == len(loader) == 2
+    seen = []
+    for batch in batches:
+        assert batch.images.shape == (3, 84, 84, 3)
+        assert batch.masks.shape == (3, 3, 84, 11)
+        for i in np.flatnonzero(batch.image_valid):
+            for k in np.flatnonzero(batch.valid[i]):
+                seen.append((int(batch.image_id[i]), unpack_mask(batch.masks[i, k], 84)))
+    want = [
+        (row, move_mask(square(60, 40, 84), decode_mask(a, 40, 60)))
+        for row, record in enumerate(dataset.images)
+        for a in clickable(record)
+    ]
+    assert [row for row, _ in seen] == [row for row, _ in want]
+    for (_, got), (_, wanted) in zip(seen, want, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_training_draws_objects_anew_each_epoch_and_leaves_out_empty_pictures(dataset):
+    config = config_of(batch_size=2, clicks={"objects": 2})
+    batches = take(make_click_loader(dataset, config), 20)
+    pictures = np.concatenate([b.image_id for b in batches])
+    assert set(pictures) == {1, 2, 3, 4}
+    masks = {int(i): set() for i in (1, 2, 3, 4)}
+    for batch in batches:
+        for i, row in enumerate(batch.image_id):
+            assert batch.valid[i].sum() == min(2, SIZES[row])
+            masks[int(row)] |= {m.tobytes() for m in batch.masks[i][batch.valid[i]]}
+    assert [len(masks[row]) for row in (1, 2, 3, 4)] == [1, 4, 2, 5]
+
+
+def test_two_processes_see_one_batch_and_resume_is_exact(dataset):
+    config = config_of(batch_size=4, data={"flip": True, "crop": 0.7, "turn": True})
+    whole = take(make_click_loader(dataset, config), 5)
+    halves = [
+        take(make_click_loader(dataset, config, process_index=p, process_count=2), 5)
+        for p in (0, 1)
+    ]
+    for a, b, c in zip(whole, *halves, strict=True):
+        assert_same(a, jax.tree.map(lambda x, y: np.concatenate([x, y]), b, c))
+    loader = make_click_loader(dataset, config)
+    take(loader, 2)
+    again = make_click_loader(dataset, config)
+    again.set_state(loader.get_state())
+    assert_same(next(again), whole[2])
+
+
+def test_boxes_alone_are_nothing_to_click_on(tmp_path):
+    boxes = [annotation(0, 0, 1, (3, 4, 9, 9), segmentation=[])]
+    dataset = read_dataset(write(tmp_path / "d", boxes, images=1))
+    with pytest.raises(DataError, match=r"nothing to click on: .* boxes are not enough"):
+        make_click_loader(dataset, config_of())
