@@ -112,7 +112,7 @@ class Clips(Detection):
         again = jax.checkpoint(
             lambda part: shares(part[0], jax.random.fold_in(key, part[1])), prevent_cse=False
         )
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), frames)
+        split = jax.tree.map(lambda x: x.reshape(parts, len(x) // parts, *x.shape[1:]), frames)
         each = jax.lax.map(again, (split, jnp.arange(parts)))
         return weigh(jax.tree.map(lambda x: x.sum(0), each), config, totals, (AXIS,))
 
