@@ -53,6 +53,9 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--probe", metavar="DATA", help="second data set that must not degrade")
     parser.add_argument("--probe-split", default="valid", metavar="SPLIT")
     parser.add_argument("--output", help="folder to write into; default: the run folder")
+    parser.add_argument(
+        "--clicks", type=_clicks, metavar="N", help="clicks per object; default: the run's"
+    )
 
 
 def _predict(parser: Parser) -> None:
@@ -171,6 +174,12 @@ def _kind_of(name: str) -> object:
 
     field = field_at(name.split("."))
     return field.annotation if field is not None else None
+
+
+def _clicks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 32")
+    return int(text)
 
 
 def _box(text: str) -> list[float]:

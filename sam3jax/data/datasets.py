@@ -48,12 +48,12 @@ def read_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     data = config.data
     if data.train is None:
         raise DataError("no training data: set data.train to a COCO folder, or to shapes")
-    train = _read(config, data.train, data.train_split)
+    train = read_dataset_of(config, data.train, data.train_split)
     valid = None
     if data.valid is not None:
-        valid = _read(config, data.valid, data.valid_split)
+        valid = read_dataset_of(config, data.valid, data.valid_split)
     elif data.train == SHAPES or has_split(data.train, data.valid_split):
-        valid = _read(config, data.train, data.valid_split)
+        valid = read_dataset_of(config, data.train, data.valid_split)
     elif data.valid_split != DataConfig().valid_split:
         raise DataError(
             f"{data.train} has no split {data.valid_split!r}, it has "
@@ -98,12 +98,13 @@ def open_dataset(config: Config, path: str, split: str) -> Dataset:
 
     Categories with boxes only are refused where masks train.
     """
-    dataset = _renamed(config, _read(config, path, split))
+    dataset = _renamed(config, read_dataset_of(config, path, split))
     _check_masks(config, dataset)
     return dataset
 
 
-def _read(config: Config, path: str, split: str) -> Dataset:
+def read_dataset_of(config: Config, path: str, split: str) -> Dataset:
+    """One split as it is. Raises DataError."""
     data = config.data
     if path == SHAPES:
         return shapes_dataset(split, data)
