@@ -92,7 +92,8 @@ def test_devices_and_micro_batches_equal_one(one_device, devices, micro):
     norm = optax.tree.norm(want)
     assert norm > 0.1
     for path, g in want.items():
-        size = max(np.linalg.norm(g), 1e-3 * norm)
+        # Below a hundredth of the whole, terms cancel: one last bit of the weights moves more than this.
+        size = max(np.linalg.norm(g), 1e-2 * norm)
         assert np.linalg.norm(gradient[path] - g) <= 1e-5 * size, path
 
 
@@ -171,15 +172,18 @@ def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monk
     run = tmp_path / "killed"
     put, seen = train.put_batch, []
 
+    class Killed(Exception):
+        pass
+
     def put_or_die(*values):
         seen.append(1)
         if len(seen) == 4:
-            raise KeyboardInterrupt
+            raise Killed
         return put(*values)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "put_batch", put_or_die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train.main(arguments(data, run))
     assert max(losses(run)) < STEPS
     assert train.main(arguments(data, run)) == 0

@@ -17,8 +17,9 @@ from sam3jax.data.prompts import vocabulary
 from sam3jax.data.records import Dataset, trained_categories
 from sam3jax.data.shapes import shapes_dataset
 from sam3jax.data.tokenizer import words
+from sam3jax.data.xrays import xrays_dataset
 
-SHAPES = "shapes"  # what data.train says for them
+GENERATED = {"shapes": shapes_dataset, "xrays": xrays_dataset}  # what data.train says for them
 _SIDES = frozenset(("left", "right", "leftmost", "rightmost", "lefthand", "righthand"))
 _UPRIGHT = (
     "top",
@@ -52,7 +53,7 @@ def read_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     valid = None
     if data.valid is not None:
         valid = read_dataset_of(config, data.valid, data.valid_split)
-    elif data.train == SHAPES or has_split(data.train, data.valid_split):
+    elif data.train in GENERATED or has_split(data.train, data.valid_split):
         valid = read_dataset_of(config, data.train, data.valid_split)
     elif data.valid_split != DataConfig().valid_split:
         raise DataError(
@@ -106,8 +107,8 @@ def open_dataset(config: Config, path: str, split: str) -> Dataset:
 def read_dataset_of(config: Config, path: str, split: str) -> Dataset:
     """One split as it is. Raises DataError."""
     data = config.data
-    if path == SHAPES:
-        return shapes_dataset(split, data)
+    if path in GENERATED:
+        return GENERATED[path](split, data)
     reading = reading_of(data)
     dataset = read_dataset(path, split, allow_outside=data.allow_outside, reading=reading)
     if data.limit is not None:
