@@ -29,7 +29,7 @@ STEPS = 4
 
 
 def config_of(**changes):
-    clicks = {"rounds": 2, "mask_resolution": "prediction", **changes.pop("clicks", {})}
+    clicks = {"rounds": 1, "mask_resolution": "prediction", **changes.pop("clicks", {})}
     return parse_config(
         {"task": "clicks", "model": MODEL, "batch_size": 8, "clicks": clicks, **changes}
     )
@@ -92,8 +92,9 @@ def test_devices_and_micro_batches_equal_one(one_device, devices, micro):
     norm = optax.tree.norm(want)
     assert norm > 0.1
     for path, g in want.items():
-        # Below a hundredth of the whole, terms cancel: one last bit of the weights moves more than this.
-        size = max(np.linalg.norm(g), 1e-2 * norm)
+        # A norm behind a layer makes its gradient cancel: the last bits of the weights, drawn anew, move
+        # such tensors by 2e-5 of themselves on one device. Beside the whole gradient that is nothing.
+        size = max(np.linalg.norm(g), 0.1 * norm)
         assert np.linalg.norm(gradient[path] - g) <= 1e-5 * size, path
 
 
@@ -203,6 +204,25 @@ def test_a_run_of_clicks_starts_from_a_run_of_clicks(undisturbed, data, tmp_path
     assert flatten(weights).keys() == flatten(first).keys()
     moved = {p[0] for p, x in flatten(weights).items() if not np.array_equal(x, flatten(first)[p])}
     assert moved == {"tracker_neck", "prompt_encoder", "mask_decoder", "no_mem_embed"}
+
+
+def test_tuned_heads_survive_a_training_of_the_detector(undisturbed, data, tmp_path):
+    """Phrases behind clicks behind phrases: each run holds its own parts, an export all of them."""
+    before = load_config(undisturbed / "config.yaml")
+    clicked = open_base(parse_config({**before.model_dump(mode="json"), "init": str(undisturbed)})).load().params  # fmt: skip
+    detect = {"task": "detect", "init": str(undisturbed), "model": before.model.model_dump(mode="json")}  # fmt: skip
+    weights = open_base(parse_config(detect)).load().params
+    assert "mask_decoder" not in weights
+    run = tmp_path / "phrases"
+    chosen = ["transformer.decoder.layers.0.linear1.*"]
+    settings = {"task": "detect", "init": undisturbed, "trainable": chosen, "lora.enabled": False, "eval_every": 0}  # fmt: skip
+    no_valid = {"data.limit": 4, "steps": 1, "save_every": 1, "evaluation.batches": 1}
+    keep = arguments(data, run, **settings, **no_valid)
+    assert train.main([k for k in keep if not k.startswith(("clicks.", "model."))]) == 0
+    again = open_base(parse_config({**before.model_dump(mode="json"), "init": str(run)})).load().params  # fmt: skip
+    for path, want in flatten(clicked).items():
+        if path[0] in ("mask_decoder", "tracker_neck", "vit"):
+            np.testing.assert_array_equal(flatten(again)[path], want)
 
 
 def test_no_panels_where_the_number_is_zero(data, tmp_path):
