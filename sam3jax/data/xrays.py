@@ -102,7 +102,7 @@ def draw_xray(seed: tuple[int, ...], number: int, size: int) -> tuple[np.ndarray
 
 def _tissue(rng: np.random.Generator, size: int) -> np.ndarray:
     """Optical depth of what is no object: a slope, and soft blotches of two sizes."""
-    y, x = np.mgrid[:size, :size] / size
+    y, x = (np.arange(size)[:, None] / size, np.arange(size) / size)
     angle = rng.uniform(0, 2 * np.pi)
     depth = 0.4 * (x * np.cos(angle) + y * np.sin(angle))
     for share, strength in ((0.15, 0.25), (0.05, 0.1)):

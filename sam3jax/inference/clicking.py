@@ -44,7 +44,8 @@ class Prompted(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 def encode_picture(model: Interactive, variables: Variables, image: jax.Array) -> ClickFeatures:
     """image [1, Y, X, 3] uint8, squashed to the model's square."""
-    return model.apply(variables, image, method="encode_image")
+    features: Any = model.apply(variables, image, method="encode_image")
+    return features
 
 
 def decode(
