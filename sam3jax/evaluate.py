@@ -6,6 +6,8 @@ The command writes into the run folder (or --output)
                        those of the base model and the differences, with --probe a second data set
     predictions.json   COCO results (base_predictions.json beside it with --compare)
     comparison/        with --compare: panels of the pictures where base and tuned differ most
+
+of a run of clicks evaluation.json, clicks.json (a record of each object) and clicks/ (panels).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.pictures import DataError
 from sam3jax.errors import exit_status
+from sam3jax.evaluate_clicks import evaluate_clicks
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.comparison import compare, summary, write_evaluation
 from sam3jax.files import make_folder, write_json
@@ -32,6 +35,7 @@ from sam3jax.options import parse
 from sam3jax.training.mesh import local_mesh
 from sam3jax.weights.run_folder import Run, read_run
 
+COMMANDS = {"clicks": evaluate_clicks}  # of tasks that are not about phrases
 _WORSE = 0.05  # of AP50: more than luck
 
 
@@ -43,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     run = read_run(options.run)
+    COMMANDS.get(run.config.task, _evaluate_phrases)(run, options)
+
+
+def _evaluate_phrases(run: Run, options: argparse.Namespace) -> None:
     dataset = _dataset(run, options.data, options.split)
     _print(evaluate_command(run, dataset, options))
 

@@ -29,6 +29,7 @@ from sam3jax.errors import exit_status
 from sam3jax.files import make_folder, write_text
 from sam3jax.inference.full_size import Detections
 from sam3jax.options import parse
+from sam3jax.predict_clicks import predict_clicks, wants_clicks
 from sam3jax.predict_video import predict_videos, wants_video
 from sam3jax.training.mesh import local_mesh
 from sam3jax.video.chunks import ChunkOptions
@@ -66,8 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if wants_clicks(options):
+        return _run_clicks(options)
     if not options.phrase and not options.box:
-        raise PromptError("nothing to look for: give --phrase, or --box around an example")
+        raise PromptError(
+            "nothing to look for: give --phrase, --box around an example, --points on an object, or --everything"
+        )
     film = wants_video(options)
     files = options.pictures if film else find_pictures(options.pictures)
     if film and (options.box or options.negative_box or not options.phrase):
@@ -89,6 +94,21 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{done} pictures done, results in {output / 'predictions.json'}")
     if failed:
         print(f"error: {failed} of {len(files)} pictures failed, see above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _run_clicks(options: argparse.Namespace) -> int:
+    if (
+        options.phrase
+        or options.box
+        or options.negative_box
+        or (options.points and options.everything)
+    ):
+        raise PromptError("ask one thing: phrases and boxes, or --points, or --everything")
+    files = find_pictures(options.pictures)
+    output = make_folder(options.output)
+    failed = predict_clicks(options, files, output)
+    print(f"{len(files) - failed} pictures done, results in {output / 'predictions.json'}")
     return 1 if failed else 0
 
 

@@ -25,7 +25,7 @@ class DataConfig(Section):
 
     train: Text | None = Field(
         default=None,
-        description="Folder with pictures and COCO JSON, or `shapes` for generated pictures.",
+        description="Folder with pictures and COCO JSON, or `shapes` or `xrays` for generated pictures.",
     )
     valid: Text | None = Field(
         default=None,

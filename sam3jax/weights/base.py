@@ -22,6 +22,7 @@ from sam3jax.weights.model_folder import (
     load_tokenizer,
     open_model_folder,
 )
+from sam3jax.weights.names import roots
 from sam3jax.weights.scope import scope_of
 from sam3jax.weights.tree import Tree
 
@@ -97,6 +98,12 @@ def _run(config: Config, path: Path) -> Base:
             params = jax.device_get(
                 merge_lora(params, run.variables["lora"], run.variables["lora_scale"])
             )
+        wanted = {root for part in scope_of(config).parts for root in roots(part)}
+        if not wanted <= params.keys():
+            # A run of another task below: what it did not hold comes from where it began.
+            beside = open_base(below.config.model_copy(update={"task": config.task})).load().params
+            params = {**beside, **params}
+        params = {root: params[root] for root in params if root in wanted}
         # Not of the merged weights: their last bits depend on the machine that merges.
         return Weights(params, fingerprint(jax.device_get(run.trained), run.base_fingerprint))
 
