@@ -20,6 +20,11 @@ class UserError(ValueError):
     """
 
 
+def plain(text: object) -> str:
+    """Text for a terminal: control characters, which could move the cursor or hide lines, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 class Stopped(Exception):
     """A signal ended a command in good order. The message says how to go on; status: of the exit."""
 
@@ -33,7 +38,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return USER_ERROR
     except Stopped as stop:
         print(stop, file=sys.stderr)
