@@ -66,7 +66,11 @@ def _predict(parser: Parser) -> None:
     source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
     parser.add_argument("--base", action="store_true", help="the model that the run started from")
     parser.add_argument(
-        "--phrase", action="append", default=[], help="what to look for; may be repeated"
+        "--phrase",
+        action="append",
+        default=[],
+        type=_phrase,
+        help="what to look for; may be repeated",
     )
     parser.add_argument(
         "--box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="like this"
@@ -74,7 +78,9 @@ def _predict(parser: Parser) -> None:
     parser.add_argument(
         "--negative-box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="not this"
     )
-    parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
+    parser.add_argument(
+        "--threshold", type=_score, metavar="SCORE", help="score; default: the run's, per phrase"
+    )
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
     clicks = parser.add_argument_group("clicks")
@@ -211,6 +217,24 @@ def _clicks(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 32:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 32")
     return int(text)
+
+
+def _score(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a score from 0 to 1")
+    return value
+
+
+def _phrase(text: str) -> str:
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected one line without control characters; one --phrase for each phrase"
+        )
+    return text
 
 
 def _box(text: str) -> list[float]:

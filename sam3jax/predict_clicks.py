@@ -18,6 +18,7 @@ from sam3jax.data.pictures import open_rgb
 from sam3jax.files import write_text
 from sam3jax.viewing.click_predictor import ClickPredictor
 from sam3jax.viewing.everything import GridOptions, everything
+from sam3jax.viewing.results import info
 
 
 def wants_clicks(options: argparse.Namespace) -> bool:
@@ -35,8 +36,9 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
         if options.model
         else ClickPredictor.from_run(options.run, base=options.base)
     )
-    record: dict[str, list[dict[str, Any]]] = {
-        "images": [], "categories": [{"id": 1, "name": "object"}], "annotations": [],
+    names = () if options.no_overlay else [overlay_name(n, f) for n, f in enumerate(files, 1)]
+    record: dict[str, Any] = {
+        "info": info(names), "images": [], "categories": [{"id": 1, "name": "object"}], "annotations": [],
     }  # fmt: skip
     failed = 0
     for number, file in enumerate(files, start=1):
@@ -58,10 +60,15 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
             clicks = [c for row in options.points for c in row]
             predictor.picture = picture  # a crop may have been the last one
             drawn = predictor.draw(masks, [c[:2] for c in clicks], [c[2] for c in clicks])
-            drawn.save(output / f"{number:04d}_{file.stem[:60]}.png")
+            drawn.save(output / overlay_name(number, file))
         print(f"[{number}/{len(files)}] {file}: {len(found)} masks")
     write_text(output / "predictions.json", json.dumps(record))
     return failed
+
+
+def overlay_name(number: int, file: Path) -> str:
+    """The file that shows what was found in picture `number`."""
+    return f"{number:04d}_{file.stem[:60]}.png"
 
 
 def _ask(

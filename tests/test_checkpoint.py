@@ -62,11 +62,12 @@ def write_run(folder, init, step: int = 0) -> None:
     base = open_base(settings(folder, init))
     weights = base.load()
     trainable, _ = start(weights.params, base.config)
-    open_run_folder(base.config, weights.fingerprint)
-    saved = Checkpoints(folder, keep=3)
-    about = {"base": weights.fingerprint, "data": {}}
-    saved.save(step, jax.tree.map(lambda x: x + step, trainable), {"step": np.array(step)}, about)
-    saved.close()
+    with open_run_folder(base.config, weights.fingerprint) as opened:
+        saved = Checkpoints(folder, keep=3)
+        about = {"run": opened.id, "step": step, "base": weights.fingerprint, "data": {}}
+        moved = jax.tree.map(lambda x: x + step, trainable)
+        saved.save(step, moved, {"step": np.array(step)}, about)
+        saved.close()
 
 
 def known(config) -> str:
@@ -74,7 +75,8 @@ def known(config) -> str:
 
 
 def open_again(config) -> None:
-    open_run_folder(open_base(config).config, known(config))
+    with open_run_folder(open_base(config).config, known(config)):
+        pass
 
 
 def test_a_run_whose_base_was_replaced_is_refused(tmp_path):
@@ -136,8 +138,8 @@ def test_a_run_of_the_version_before_is_refused_with_what_to_do_and_stays_as_it_
         read_run(run)
     with pytest.raises(ConfigError, match=refused):
         open_base(settings(tmp_path / "next", run))
-    with pytest.raises(ConfigError, match=refused):
-        open_run_folder(open_base(settings(run, model)).config, "any")
+    with pytest.raises(ConfigError, match=refused), open_run_folder(open_base(settings(run, model)).config, "any"):  # fmt: skip
+        pass
     assert (run / "config.yaml").read_text() == text
 
 

@@ -91,7 +91,7 @@ def draw_xray(seed: tuple[int, ...], number: int, size: int) -> tuple[np.ndarray
     depth = _tissue(rng, size)
     for body in bodies:
         middle = rng.uniform(*_ABSORBED)
-        inside = ndimage.distance_transform_edt(body.cover > 0.5)
+        inside = np.asarray(ndimage.distance_transform_edt(body.cover > 0.5))
         rounded = np.sqrt(np.clip(inside / (0.35 * body.thing.radius), 0, 1))
         depth += middle * body.cover * (0.55 + 0.45 * rounded)
     counts = rng.uniform(*_COUNTS) * np.exp(-depth)
