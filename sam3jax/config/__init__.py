@@ -2,6 +2,7 @@
 list of all settings (`settings`)."""
 
 from sam3jax.config.clicks import ClicksConfig
+from sam3jax.config.clips import ClipsConfig
 from sam3jax.config.loading import dump_config, explain, load_config, parse_config, read_settings
 from sam3jax.config.loss import LossConfig
 from sam3jax.config.model import PRESETS, LoraConfig, ModelConfig
@@ -9,6 +10,6 @@ from sam3jax.config.schema import Config, DataConfig, EvalConfig, OptimConfig
 from sam3jax.config.section import ConfigError
 
 __all__ = [
-    "PRESETS", "ClicksConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
+    "PRESETS", "ClicksConfig", "ClipsConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
     "OptimConfig", "dump_config", "explain", "load_config", "parse_config", "read_settings",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sam3jax.config.clicks import ClicksConfig
+from sam3jax.config.clips import ClipsConfig
 from sam3jax.config.loss import LossConfig
 from sam3jax.config.model import LoraConfig, ModelConfig, SizesFollow
 from sam3jax.config.section import BILLION, SEEDS, Section, Text
@@ -354,10 +355,10 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 class Config(Section):
     """A whole run."""
 
-    task: Literal["detect", "clicks"] = Field(
+    task: Literal["detect", "clips", "clicks"] = Field(
         default="detect",
-        description="What is trained. detect: find every instance of a phrase; clicks: masks from points, boxes "
-        "and masks, corrected click by click.",
+        description="What is trained. detect: find every instance of a phrase; clips: the same on several "
+        "frames of a video; clicks: masks from points, boxes and masks, corrected click by click.",
     )
     model: ModelConfig = Field(
         default=ModelConfig(), description="Widths, depths and switches of the detector."
@@ -366,6 +367,9 @@ class Config(Section):
     loss: LossConfig = Field(default=LossConfig(), description="The training loss.")
     data: DataConfig = Field(
         default=DataConfig(), description="Where the pictures are and what is asked of them."
+    )
+    clips: ClipsConfig = Field(
+        default=ClipsConfig(), description="Training on clips of videos, where task is clips."
     )
     clicks: ClicksConfig = Field(
         default=ClicksConfig(), description="Interactive training, where task is clicks."

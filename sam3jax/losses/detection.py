@@ -31,6 +31,18 @@ KINDS = {
 _HITS, _ERRORS = "ce_hits", "ce_errors"  # the counts behind `ce_f1`
 
 
+class Shares(NamedTuple):
+    """What a part of a batch contributes to the loss. Parts add up; `weigh` makes a loss of the sum.
+
+    terms: name -> [S], divided by the totals. open: name -> [S], what else divides that term: with
+    `weak_loss` the queries that count, which are known when all parts are matched. counts: name -> [].
+    """
+
+    terms: dict[str, jax.Array]
+    open: dict[str, jax.Array]
+    counts: dict[str, jax.Array]
+
+
 class Matches(NamedTuple):
     """The queries of each target, Q where there is none: o2o [L, B, T, 1], o2m [L, B, T, k] or None."""
 
@@ -95,6 +107,24 @@ def loss_shares(
     the same terms as `compute_losses` of the whole batch. (One divisor cannot be counted ahead: with
     `weak_loss` that of classification holds the queries matched here, summed over axis_names only.)
     """
+    shares = part_shares(
+        outputs, targets, prompt_valid, config, totals, stage=stage, axis_names=axis_names, point_rng=point_rng
+    )  # fmt: skip
+    return weigh(shares, config, totals, axis_names)
+
+
+def part_shares(
+    outputs: Outputs,
+    targets: Targets,
+    prompt_valid: jax.Array,
+    config: LossConfig,
+    totals: Totals,
+    *,
+    stage: jax.Array | None = None,
+    axis_names: tuple[str, ...] | None = None,
+    point_rng: jax.Array | None = None,
+) -> Shares:
+    """The shares of some pictures; no collective. Arguments as of `loss_shares`."""
     chex.assert_rank([prompt_valid, outputs.o2o.logits, outputs.o2o.boxes], [2, 3, 4])
     chex.assert_equal_shape([prompt_valid, targets.num_targets])
     if not config.o2m:
@@ -107,8 +137,7 @@ def loss_shares(
     norm = divisors(totals, config, axis_names)
     matches = match(outputs, truth, config)
 
-    shares: dict[str, jax.Array] = {}  # [S] each
-    counts: dict[str, jax.Array] = {}
+    shares = Shares({}, {}, {})
     names = [f"_aux_{i}" for i in range(len(outputs.o2o.logits) - 1)] + [""]
     groups: list[tuple[Detections, Any, jax.Array | None, float, str]] = [
         (outputs.o2o, matches.o2o, outputs.presence_logits, 1.0, "")
@@ -117,34 +146,43 @@ def loss_shares(
         groups.append((outputs.o2m, matches.o2m, None, config.o2m_weight, "_o2m"))
     for detections, queries, presence_logits, weight, suffix in groups:
         found = _box_losses(detections, queries, truth, norm, by)
-        classes, hits = _class_losses(detections, queries, truth, norm, by, config, axis_names)
+        classes, hits, weak = _class_losses(detections, queries, truth, norm, by, config)
         found |= classes
         if presence_logits is not None and config.use_presence:
             found |= _presence_losses(presence_logits, truth, norm, by, config)
         for key, values in found.items():
-            shares |= {f"{key}{name}{suffix}": weight * v for name, v in zip(names, values)}
-        for key, values in hits.items():
-            counts |= {f"{key}{name}{suffix}": v for name, v in zip(names, values)}
+            shares.terms.update({f"{key}{n}{suffix}": weight * v for n, v in zip(names, values)})
+        for part, values in ((shares.open, weak), (shares.counts, hits)):
+            part.update({f"{k}{n}{suffix}": v for k in values for n, v in zip(names, values[k])})
     if config.masks:
         masks, pairs = _mask_losses(outputs, matches, truth, targets.masks, norm, by, config, point_rng)  # fmt: skip
-        shares |= masks
-        counts |= pairs
+        shares.terms.update(masks)
+        shares.counts.update(pairs)
     if config.semantic:
         found = semantic_losses(outputs.semantic_logits, targets, truth, config)
         unions = norm.unions + 1e-6 if config.semantic_positive_only else norm.prompts
         overlaps = by.sums(found.pop("miou_semantic_seg")) / jnp.maximum(norm.unions, 1)
-        shares |= {key: by.sums(value) / unions for key, value in found.items()}
-        counts["miou_semantic_seg"] = overlaps.sum()
+        shares.terms.update({key: by.sums(value) / unions for key, value in found.items()})
+        shares.counts["miou_semantic_seg"] = overlaps.sum()
+    return shares
 
+
+def weigh(
+    shares: Shares, config: LossConfig, totals: Totals, axis_names: tuple[str, ...] | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(total, terms) of the shares of everything that one device holds."""
+    parts = dict(shares.terms)
+    for key, counted in shares.open.items():
+        parts[key] = parts[key] / (_over_devices(counted, axis_names) + 1e-6)
     weights = {key: getattr(config, key) for key in KINDS}
-    total: Any = sum(weights[kind] * shares[key] for key, kind in _weighted(shares))  # [S]
+    total: Any = sum(weights[kind] * parts[key] for key, kind in _weighted(parts))  # [S]
     if config.scale_by_find_batch_size:
-        total = total * jnp.sqrt(norm.prompts)
+        total = total * jnp.sqrt(divisors(totals, config, axis_names).prompts)
     total = total.sum()
     if config.normalize_by_stage_num:
-        total = total / by.number
-    terms = {key: value.sum() for key, value in shares.items()}
-    return total, {**terms, **counts, "core_loss": total}
+        total = total / len(totals.prompts)
+    terms = {key: value.sum() for key, value in parts.items()}
+    return total, {**terms, **shares.counts, "core_loss": total}
 
 
 def with_f1(
@@ -242,9 +280,9 @@ def _class_losses(
     norm: Divisors,
     by: Stages,
     config: LossConfig,
-    axis_names: tuple[str, ...] | None,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """IABCEMdetr: classification towards the quality of the box, [L, S]; counts of right and wrong, [L].
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+    """IABCEMdetr: classification towards the quality of the box, [L, S]; counts of right and wrong, [L];
+    and what still divides the first, [L, S], with `weak_loss`.
 
     Positives: BCE(x, s) * pos_weight with s = max(.01, p^alpha IoU^(1 - alpha)), detached; negatives:
     BCE(x, 0) p^gamma, p not detached. Of several targets of one query the last one counts.
@@ -274,13 +312,13 @@ def _class_losses(
     counted = jnp.broadcast_to(truth.valid[:, None], loss.shape)
     if config.weak_loss:
         counted &= truth.exhaustive[:, None] | positive
-        divisor = _over_devices(by.layer_sums(counted), axis_names) + 1e-6
-    else:
-        divisor = norm.prompts * max(q, config.pad_n_queries or 0)
     said = (prob > 0.5) & truth.valid[:, None]
     hits, errors = (said & positive).sum((1, 2)), (said != positive).sum((1, 2))
-    loss = by.layer_sums(jnp.where(counted, loss, 0.0)) / divisor
-    return {"loss_ce": loss}, {_HITS: hits, _ERRORS: errors}
+    loss, found = by.layer_sums(jnp.where(counted, loss, 0.0)), {_HITS: hits, _ERRORS: errors}
+    if config.weak_loss:
+        return {"loss_ce": loss}, found, {"loss_ce": by.layer_sums(counted)}
+    divisor = norm.prompts * max(q, config.pad_n_queries or 0)
+    return {"loss_ce": loss / divisor}, found, {}
 
 
 def _presence_losses(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from sam3jax.config import Config
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.tasks.clicks import Clicks
+from sam3jax.tasks.clips import Clips
 from sam3jax.tasks.detection import Detection
 from sam3jax.tasks.validated import Validated
 from sam3jax.weights.tree import Tree
@@ -72,6 +73,10 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Callable[[Config, str | None], Task]] = {"detect": Detection, "clicks": Clicks}
+TASKS: dict[str, Callable[[Config, str | None], Task]] = {
+    "detect": Detection,
+    "clips": Clips,
+    "clicks": Clicks,
+}
 
 __all__ = ["TASKS", "Task", "Validated"]

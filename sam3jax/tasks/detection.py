@@ -27,7 +27,7 @@ from sam3jax.losses.detection import breakdown, loss_shares, with_f1
 from sam3jax.losses.totals import Totals, count_totals
 from sam3jax.model import Sam3
 from sam3jax.tasks.validated import Validated
-from sam3jax.types import AXIS, Batch, Outputs, TextFeatures
+from sam3jax.types import AXIS, Batch, Outputs, Prompts, TextFeatures
 from sam3jax.viewing.draw import dataset_panel
 from sam3jax.weights.trainable import merge, touches, without_text_tower
 from sam3jax.weights.tree import Tree
@@ -87,7 +87,7 @@ class Detection:
     def count(self, batch: Batch) -> Totals:
         edge = 4 * self.config.model.grid
         return count_totals(
-            batch.targets, _asked(batch), self.config.loss, prediction_size=(edge, edge), axis_names=(AXIS,)
+            batch.targets, asked(batch), self.config.loss, prediction_size=(edge, edge), axis_names=(AXIS,)
         )  # fmt: skip
 
     def loss(
@@ -100,7 +100,7 @@ class Detection:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         outputs = forward(self.model, variables, prepared, batch, key)
         return loss_shares(
-            outputs, batch.targets, _asked(batch), self.config.loss, totals,
+            outputs, batch.targets, asked(batch), self.config.loss, totals,
             axis_names=(AXIS,), point_rng=jax.random.fold_in(key, 1),
         )  # fmt: skip
 
@@ -149,22 +149,28 @@ def forward(
     model: Sam3, variables: Tree, text: TextFeatures | None, batch: Batch, key: jax.Array
 ) -> Outputs:
     """The detector on a batch; phrases encoded here if `text` is None, each at most once."""
-    rngs = {"dropout": key}
-    prompts = batch.prompts
+    rngs, prompts = {"dropout": key}, batch.prompts
     if text is None:
-        tokens = batch.tokens
-        if prompts.text_id.size < len(tokens):
-            # A large vocabulary: only the phrases that this batch asks.
-            tokens = tokens[prompts.text_id.reshape(-1)]
-            rows = jnp.arange(prompts.text_id.size).reshape(prompts.text_id.shape)
-            prompts = prompts.replace(text_id=rows)
-        encoded: Any = model.apply(variables, tokens, method="encode_text", rngs=rngs)
-        text = encoded
+        text, prompts = encode_asked(model, variables, batch, key)
     image: Any = model.apply(variables, batch.images, method="encode_image", rngs=rngs)
     found: Any = model.apply(variables, image, text, prompts, method="detect", rngs=rngs)
     return found
 
 
-def _asked(batch: Batch) -> jax.Array:
+def encode_asked(
+    model: Sam3, variables: Tree, batch: Batch, key: jax.Array
+) -> tuple[TextFeatures, Prompts]:
+    """The phrases of a batch, and its prompts with text_id pointing into them."""
+    tokens, prompts = batch.tokens, batch.prompts
+    if prompts.text_id.size < len(tokens):
+        # A large vocabulary: only the phrases that this batch asks.
+        tokens = tokens[prompts.text_id.reshape(-1)]
+        rows = jnp.arange(prompts.text_id.size).reshape(prompts.text_id.shape)
+        prompts = prompts.replace(text_id=rows)
+    text: Any = model.apply(variables, tokens, method="encode_text", rngs={"dropout": key})
+    return text, prompts
+
+
+def asked(batch: Batch) -> jax.Array:
     """[I, P]: the prompts that count."""
     return jnp.asarray(batch.prompts.valid & batch.image_valid[:, None])

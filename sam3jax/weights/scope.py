@@ -37,7 +37,7 @@ CLICKS = Scope(
     (*DEFAULT_PARTS, SECOND_NECK_PART, INTERACTIVE_PART),
     frozenset({"vit", *roots(SECOND_NECK_PART), *roots(INTERACTIVE_PART)}),
 )
-SCOPES = {"detect": DETECTION, "clicks": CLICKS}
+SCOPES = {"detect": DETECTION, "clips": DETECTION, "clicks": CLICKS}
 
 
 def scope_of(config: Config) -> Scope:

@@ -1,0 +1,122 @@
+"""The videos that a configuration names, and their annotated frames as a data set of pictures.
+
+Validation, the vocabulary and the checks of pictures read the second: one set of rules for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sam3jax.config import Config
+from sam3jax.data.clips import Sampling, frame_record, phrases_of_videos, usable
+from sam3jax.data.datasets import SHAPES, check_training
+from sam3jax.data.frames import Frames
+from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.moving_shapes import moving_shapes_dataset
+from sam3jax.data.records import Dataset, ImageRecord
+from sam3jax.data.video_folders import read_videos
+from sam3jax.data.videos import VideoDataset, annotation_of_rle, rename_phrases
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameRecord(ImageRecord):
+    """A picture that is frame number `frame` of video number `video` of its data set."""
+
+    frames: Frames | None = None
+    video: int = 0
+
+    def open(self) -> Image.Image:
+        """The frame, mode RGB. Raises DataError."""
+        assert self.frames is not None
+        return Image.fromarray(np.ascontiguousarray(self.frames[self.frame]))
+
+
+def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list[str]]:
+    """The training and the validation videos of a run, and lines about what is used of them.
+
+    None where there is no validation split. Raises DataError for what cannot be trained on.
+    """
+    data = config.data
+    if data.train is None:
+        raise DataError("no training data: set data.train to a folder of videos, or to shapes")
+    train = _read(config, data.train, data.train_split)
+    valid = None
+    if data.valid is not None:
+        valid = _read(config, data.valid, data.valid_split)
+    elif data.train == SHAPES or _has_split(Path(data.train).expanduser(), data.valid_split):
+        valid = _read(config, data.train, data.valid_split)
+    train, lines = usable(train, sampling_of(config))
+    if not train.videos:
+        raise DataError(
+            f"{train.name} has no video with an annotated frame, so there is nothing to train"
+        )
+    check_training(config, *(pictures_of(d) for d in (train, valid) if d is not None))
+    return train, valid, lines
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How clips are cut."""
+    c = config.clips
+    return Sampling(c.frames, c.max_stride, c.reverse, c.motion, c.max_objects)
+
+
+def pictures_of(dataset: VideoDataset) -> Dataset:
+    """Every annotated frame of every video as a picture; its id is its place in that order.
+
+    Void pixels are a crowd of every phrase: what is found there is neither right nor wrong.
+    """
+    categories = tuple(phrases_of_videos(dataset))
+    ledger = Ledger()
+    records = tuple(_frames(dataset, categories))
+    stated = sum(a.segmentation is not None for r in records for a in r.annotations)
+    return Dataset(dataset.name, records, dataset.categories, ledger, stated_masks=stated)
+
+
+def _frames(dataset: VideoDataset, categories: tuple[int, ...]) -> Iterator[FrameRecord]:
+    id = 0
+    for row, video in enumerate(dataset.videos):
+        for number in video.annotated:
+            plain, void = frame_record(video, number), video.labels[number].void
+            crowds = () if void is None else categories
+            annotations = (
+                *plain.annotations,
+                *(annotation_of_rle(void, -1, i, iscrowd=True) for i in crowds if void is not None),
+            )
+            yield FrameRecord(
+                id=id,
+                file=Path(f"{video.name}_{number:05d}"),
+                width=video.width,
+                height=video.height,
+                annotations=annotations,
+                negative_ids=plain.negative_ids,
+                not_exhaustive_ids=plain.not_exhaustive_ids,
+                frame=number,
+                frames=video.frames,
+                video=row,
+            )
+            id += 1
+
+
+def _read(config: Config, path: str, split: str) -> VideoDataset:
+    data = config.data
+    if path == SHAPES:
+        return moving_shapes_dataset(split, data, config.clips.generated_frames)
+    dataset = read_videos(path, split)
+    if data.limit is not None:
+        dataset = replace(dataset, videos=dataset.videos[: data.limit])
+    named = set(data.phrases) & set(dataset.categories.values())
+    return rename_phrases(dataset, data.phrases) if named else dataset
+
+
+def _has_split(root: Path, split: str) -> bool:
+    """Whether a folder of videos has a part of this name, as `read_videos` looks for it."""
+    if not root.is_dir():
+        return False
+    listed = (root / "ImageSets").rglob(f"{split}.txt")
+    files = [f for f in root.glob("*.json") if split in f.stem]
+    return (root / split).is_dir() or any(listed) or (len(files) == 1 and len(list(root.glob("*.json"))) > 1)  # fmt: skip
