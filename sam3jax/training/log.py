@@ -157,8 +157,8 @@ class StepLog:
             self._skipped(step, values)
         finally:
             if not step % config.log_every or step in (1, config.steps):
-                values = {k: np.asarray(v).item() for k, v in values.items()}
-                values["rate"] = float(self._schedule(step))
+                values = {k: float(v) for k, v in values.items()}
+                values["rate"] = np.asarray(self._schedule(step)).item()
                 if (seconds := self.timer.median(recent=50)) is not None:
                     values["images_per_second"] = config.batch_size / seconds
                     values["seconds_left"] = (config.steps - step) * seconds
