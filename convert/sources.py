@@ -10,11 +10,12 @@ import numpy as np
 from convert.adapters import Adapters, adapters_of
 from sam3jax.config import ConfigError, load_config
 from sam3jax.files import FileError
-from sam3jax.weights.base import is_run_folder
+from sam3jax.weights.base import is_run_folder, open_base
 from sam3jax.weights.model_folder import ModelFolder, is_model_folder, open_model_folder
 from sam3jax.weights.names import parts_of
 from sam3jax.weights.parts import live_parts
-from sam3jax.weights.run_folder import CONFIG, read_run
+from sam3jax.weights.run_folder import CONFIG, Run, read_run
+from sam3jax.weights.scope import scope_of
 from sam3jax.weights.tensor_file import Tensor, is_float
 from sam3jax.weights.tree import flatten
 
@@ -50,12 +51,26 @@ def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
             leaves[name] = (
                 tensor.astype(stored.dtype) if stored and is_float(stored.dtype) else tensor
             )
+    if root is not None:
+        leaves |= {name: leaf for name, leaf in _beside(run, root).items() if name not in leaves}
     adapters = adapters_of(run.variables.get("lora", {}), run.variables.get("lora_scale", {}))
     if root is None:
         folder = ModelFolder(path, run.config.model, leaves, {}, run.tokenizer.to_json(), {})
     else:
         folder = dataclasses.replace(root, path=path, config=run.config.model, leaves=leaves)
     return folder, adapters
+
+
+def _beside(run: Run, root: ModelFolder) -> dict[tuple[str, ...], Tensor]:
+    """Leaves of parts that are not the run's: as a run below tuned them, else as the root has them."""
+    path, own = run.config.init, set(scope_of(run.config).parts)
+    while path is not None and is_run_folder(path):
+        below = load_config(Path(path) / CONFIG)
+        if not set(scope_of(below).parts) <= own:
+            params = open_base(run.config.model_copy(update={"task": below.task})).load().params
+            return {name: Tensor.of(np.asarray(leaf)) for name, leaf in flatten(params).items()}
+        path = below.init
+    return root.leaves
 
 
 def _stored_leaves(root: ModelFolder, parts: tuple[str, ...]) -> dict[tuple[str, ...], Tensor]:

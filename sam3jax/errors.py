@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 USER_ERROR = 2  # argparse uses the same status for options it does not know
 STOPPED = 130  # what shells expect after Ctrl-C
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -20,13 +20,29 @@ class UserError(ValueError):
     """
 
 
+def plain(text: object) -> str:
+    """Text for a terminal: control characters, which could move the cursor or hide lines, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+class Stopped(Exception):
+    """A signal ended a command in good order. The message says how to go on; status: of the exit."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command. Returns its own status (0 for None), or 2 after one sentence on stderr."""
     try:
         return command() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return USER_ERROR
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.status
     except BrokenPipeError:
         # The reader, such as `head`, has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -35,7 +51,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
         print("stopped", file=sys.stderr)
         return STOPPED
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in DISK_FULL:
             remedy = "make room and run again"
         elif error.filename is not None:
             remedy = "check the path, and the rights to read and write there"

@@ -6,6 +6,8 @@ The command writes into the run folder (or --output)
                        those of the base model and the differences, with --probe a second data set
     predictions.json   COCO results (base_predictions.json beside it with --compare)
     comparison/        with --compare: panels of the pictures where base and tuned differ most
+
+of a run of clicks evaluation.json, clicks.json (a record of each object) and clicks/ (panels).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
@@ -23,15 +26,18 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.pictures import DataError
-from sam3jax.errors import exit_status
+from sam3jax.errors import exit_status, plain
+from sam3jax.evaluate_clicks import evaluate_clicks
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.comparison import compare, summary, write_evaluation
-from sam3jax.files import make_folder, write_json
+from sam3jax.files import FileError, make_folder, write_json
 from sam3jax.inference.detector import Detector
 from sam3jax.options import parse
 from sam3jax.training.mesh import local_mesh
+from sam3jax.weights.base import is_run_folder
 from sam3jax.weights.run_folder import Run, read_run
 
+COMMANDS = {"clicks": evaluate_clicks}  # of tasks that are not about phrases
 _WORSE = 0.05  # of AP50: more than luck
 
 
@@ -43,13 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     run = read_run(options.run)
+    COMMANDS.get(run.config.task, _evaluate_phrases)(run, options)
+
+
+def _evaluate_phrases(run: Run, options: argparse.Namespace) -> None:
     dataset = _dataset(run, options.data, options.split)
     _print(evaluate_command(run, dataset, options))
 
 
 def evaluate_command(run: Run, dataset: Dataset, options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate as the options say and write the files; returns what evaluation.json holds."""
-    output = make_folder(options.output or run.path)
+    output = _output(run, options.output)
     probe = open_dataset(run.config, options.probe, options.probe_split) if options.probe else None
     config = run.config.evaluation
     keep = max(detections_to_keep(d, config) for d in (dataset, probe or dataset))
@@ -68,6 +78,14 @@ def evaluate_command(run: Run, dataset: Dataset, options: argparse.Namespace) ->
         report["probe"] = {**after, "base": before, "compare": compare(before, after)}
         write_json(output / "evaluation.json", report)
     return report
+
+
+def _output(run: Run, output: str | None) -> Path:
+    """Raises FileError for another run's folder: its own evaluation would be replaced."""
+    folder = Path(output or run.path)
+    if is_run_folder(folder) and folder.resolve() != run.path.resolve():
+        raise FileError(f"{output} is another run's folder: give another --output")
+    return make_folder(folder)
 
 
 def _dataset(run: Run, data: str | None, split: str | None) -> Dataset:
@@ -90,7 +108,7 @@ def _print(report: Mapping[str, Any]) -> None:
         if report["compare"]["pictures"]:
             print("pictures where base and tuned differ most (F1):")
         for p in report["compare"]["pictures"]:
-            print(f"  {p['base']:.3f} -> {p['F1']:.3f}  {p['file']}")
+            print(f"  {p['base']:.3f} -> {p['F1']:.3f}  {plain(p['file'])}")
     if probe := report.get("probe"):
         print(f"\nprobe: {probe['data']}")
         _print_metrics(probe)
@@ -112,5 +130,5 @@ def _print_metrics(report: Mapping[str, Any]) -> None:
         text = " ".join("     -" if c is None else f"{c:6.3f}" for c in cells)
         old = rows.get(row["category"], {}).get(f"{kind}/AP")
         change = f"  base AP {old:.3f}" if old is not None else ""
-        line = f"  {row['category'][:24]:<24} {row['instances']:>5} {text}"
+        line = f"  {plain(row['category'])[:24]:<24} {row['instances']:>5} {text}"
         print(f"{line} {row['best_threshold']:5.2f}{change}")

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from sam3jax.errors import UserError
+from sam3jax.errors import DISK_FULL, UserError
 
 
 class FileError(UserError):
@@ -29,10 +29,28 @@ def make_folder(path: str | Path) -> Path:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, also where the machine loses its power. Raises FileError for a full disk."""
     part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    try:
+        with part.open("w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        part.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if error.errno in DISK_FULL:
+            raise disk_full(file) from error
+        raise
+
+
+def disk_full(file: Path) -> FileError:
+    """The sentence for a disk that was full when `file` was written."""
+    return FileError(
+        f"the disk is full: {file} could not be written. What was there before is intact; make room and run the "
+        "same command again"
+    )
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -107,7 +125,7 @@ def whole(path: str | Path, size: int = 0) -> Iterator[Path]:
         else:
             os.replace(temporary, target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in DISK_FULL:
             raise FileError(
                 f"the disk is full ({error.strerror}) while writing {path}; nothing was kept, make room and run again"
             ) from error

@@ -53,6 +53,9 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--probe", metavar="DATA", help="second data set that must not degrade")
     parser.add_argument("--probe-split", default="valid", metavar="SPLIT")
     parser.add_argument("--output", help="folder to write into; default: the run folder")
+    parser.add_argument(
+        "--clicks", type=_clicks, metavar="N", help="clicks per object; default: the run's"
+    )
 
 
 def _predict(parser: Parser) -> None:
@@ -63,7 +66,11 @@ def _predict(parser: Parser) -> None:
     source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
     parser.add_argument("--base", action="store_true", help="the model that the run started from")
     parser.add_argument(
-        "--phrase", action="append", default=[], help="what to look for; may be repeated"
+        "--phrase",
+        action="append",
+        default=[],
+        type=_phrase,
+        help="what to look for; may be repeated",
     )
     parser.add_argument(
         "--box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="like this"
@@ -71,9 +78,22 @@ def _predict(parser: Parser) -> None:
     parser.add_argument(
         "--negative-box", action="append", default=[], type=_box, metavar="X,Y,W,H", help="not this"
     )
-    parser.add_argument("--threshold", type=float, help="score; default: the run's, per phrase")
+    parser.add_argument(
+        "--threshold", type=_score, metavar="SCORE", help="score; default: the run's, per phrase"
+    )
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
+    clicks = parser.add_argument_group("clicks")
+    clicks.add_argument(
+        "--points", action="append", nargs="+", default=[], type=_point, metavar="X,Y,LABEL",
+        help="clicks on one object, label 1 inside or 0 outside; again for another object",
+    )  # fmt: skip
+    clicks.add_argument(
+        "--everything", action="store_true", help="masks of a grid of clicks, best ones kept"
+    )
+    clicks.add_argument("--grid", type=_whole, default=32, metavar="N", help="clicks along an edge, default 32")  # fmt: skip
+    clicks.add_argument("--crops", type=int, choices=range(4), default=0, help="further layers of crops, default 0")  # fmt: skip
+    clicks.add_argument("--least-iou", type=float, default=0.88, metavar="IOU", help="least predicted IoU of a mask, default 0.88")  # fmt: skip
     video = parser.add_argument_group("videos")
     video.add_argument("--video", action="store_true", help="each folder named is one video")
     video.add_argument("--reverse", action="store_true", help="from the last frame to the first")
@@ -171,6 +191,50 @@ def _kind_of(name: str) -> object:
 
     field = field_at(name.split("."))
     return field.annotation if field is not None else None
+
+
+def _point(text: str) -> list[float]:
+    try:
+        values = [float(v) for v in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == 2:
+        values.append(1.0)
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected x,y in pixels and 1 (inside) or 0 (outside), for example 120,80,1"
+        )
+    return values
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
+
+
+def _clicks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 32")
+    return int(text)
+
+
+def _score(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a score from 0 to 1")
+    return value
+
+
+def _phrase(text: str) -> str:
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected one line without control characters; one --phrase for each phrase"
+        )
+    return text
 
 
 def _box(text: str) -> list[float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +22,19 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3jax.data.folders import PICTURES
+from sam3jax.data.names import phrase_key
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
-from sam3jax.errors import exit_status
-from sam3jax.files import make_folder, write_text
+from sam3jax.errors import exit_status, plain
+from sam3jax.files import make_folder, write_json
 from sam3jax.inference.full_size import Detections
 from sam3jax.options import parse
-from sam3jax.predict_video import predict_videos, wants_video
+from sam3jax.predict_clicks import overlay_name, predict_clicks, wants_clicks
+from sam3jax.predict_video import predict_videos, video_folders, wants_video
 from sam3jax.training.mesh import local_mesh
 from sam3jax.video.chunks import ChunkOptions
 from sam3jax.viewing.predictor import Predictor, PromptError
+from sam3jax.viewing.results import PREDICTIONS, check_results, info
 
 __all__ = ["Detections", "Predictor", "PromptError", "find_pictures", "main"]
 
@@ -66,12 +68,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    _refuse_repeats(options.phrase)
+    if options.model and options.base:
+        raise PromptError(
+            "--base is the model that a run started from: give --run, or leave --base out"
+        )
+    if wants_clicks(options):
+        return _run_clicks(options)
     if not options.phrase and not options.box:
-        raise PromptError("nothing to look for: give --phrase, or --box around an example")
+        raise PromptError(
+            "nothing to look for: give --phrase, --box around an example, --points on an object, or --everything"
+        )
     film = wants_video(options)
     files = options.pictures if film else find_pictures(options.pictures)
     if film and (options.box or options.negative_box or not options.phrase):
         raise PromptError("a video is asked with --phrase; boxes are for pictures")
+    paths = [Path(f) for f in files]
+    names = {} if film or options.no_overlay else _overlay_names(paths)
+    folders = video_folders(paths) if film else ()
+    check_results(options.output, [*names.values(), *folders], paths)
     predictor = (
         Predictor.from_model_folder(options.model, mesh=local_mesh())
         if options.model
@@ -92,24 +107,54 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _run_clicks(options: argparse.Namespace) -> int:
+    if (
+        options.phrase
+        or options.box
+        or options.negative_box
+        or (options.points and options.everything)
+    ):
+        raise PromptError("ask one thing: phrases and boxes, or --points, or --everything")
+    files = find_pictures(options.pictures)
+    names = [] if options.no_overlay else [overlay_name(n, f) for n, f in enumerate(files, 1)]
+    check_results(options.output, names, files)
+    output = make_folder(options.output)
+    failed = predict_clicks(options, files, output)
+    print(f"{len(files) - failed} pictures done, results in {output / 'predictions.json'}")
+    return 1 if failed else 0
+
+
+def _refuse_repeats(phrases: Sequence[str]) -> None:
+    """Raises PromptError where two phrases are one to the model: finds would be filed twice."""
+    seen: dict[str, str] = {}
+    for phrase in phrases:
+        before = seen.setdefault(phrase_key(phrase), phrase)
+        if before is not phrase or phrases.count(phrase) > 1:
+            raise PromptError(
+                f"--phrase {phrase!r} is the same to the model as --phrase {before!r}: give it once"
+            )
+
+
 def predict_files(
     predictor: Predictor, files: Sequence[Path], output: Path, options: argparse.Namespace
 ) -> int:
     """Ask every phrase of every picture, write overlays and predictions.json; how many failed."""
     phrases = options.phrase or [None]
-    record: dict[str, list[dict[str, Any]]] = {
+    names = {} if options.no_overlay else _overlay_names(files)
+    record: dict[str, Any] = {
+        "info": info(names.values()),
         "images": [],
         "categories": [{"id": i, "name": p or VISUAL} for i, p in enumerate(phrases, start=1)],
         "annotations": [],
     }
-    names: set[str] = set()
+    write_json(output / PREDICTIONS, record)  # so that a call cut short can be repeated
     failed = 0
     ask = dict(boxes=options.box, negative_boxes=options.negative_box, threshold=options.threshold)
     for group in _groups(_read_ahead(files), predictor.at_once):
         for number, file, picture, found in _find(predictor, group, phrases, ask):
             if isinstance(found, ValueError):
                 failed += 1
-                print(f"{file}: {found}", file=sys.stderr)
+                print(f"{plain(file)}: {plain(found)}", file=sys.stderr)
                 continue
             width, height = picture.size
             image = {"id": number, "file_name": str(file), "width": width, "height": height}
@@ -120,10 +165,10 @@ def predict_files(
                     result |= {"id": len(record["annotations"]) + 1, "iscrowd": 0, "area": area}
                     record["annotations"].append(result)
             if not options.no_overlay:
-                predictor.draw(found, picture).save(output / _free_name(file, names))
+                predictor.draw(found, picture).save(output / names[file])
             counts = ", ".join(f"{len(d)} {phrase}" for phrase, d in found.items())
-            print(f"[{number}/{len(files)}] {file}: {counts}")
-    write_text(output / "predictions.json", json.dumps(record))
+            print(f"[{number}/{len(files)}] {plain(file)}: {counts}")
+    write_json(output / PREDICTIONS, record)
     return failed
 
 
@@ -183,11 +228,15 @@ def _groups(items: Iterable[Read], size: int) -> Iterator[list[Read]]:
         yield group
 
 
-def _free_name(file: Path, taken: set[str]) -> str:
-    """A file name for the overlay; pictures of equal names in different folders do not collide."""
-    name, number = f"{file.stem}.png", 1
-    while name.lower() in taken:
-        number += 1
-        name = f"{file.stem}_{number}.png"
-    taken.add(name.lower())
-    return name
+def _overlay_names(files: Iterable[Path]) -> dict[Path, str]:
+    """File names of the overlays; pictures of equal names in different folders do not collide."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for file in files:
+        name, number = f"{file.stem}.png", 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{file.stem}_{number}.png"
+        taken.add(name.casefold())
+        names[file] = name
+    return names

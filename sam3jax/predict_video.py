@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from rich.progress import track
 
 from sam3jax.data.frames import Film, FrameFiles, is_film, open_frames
 from sam3jax.data.pictures import DataError
-from sam3jax.files import make_folder
+from sam3jax.errors import plain
+from sam3jax.files import make_folder, write_json
 from sam3jax.video.predictor import VideoPredictor
 from sam3jax.video.results import VideoResults
 from sam3jax.viewing import film
 from sam3jax.viewing.draw import Instance
+from sam3jax.viewing.results import PREDICTIONS, info
 
 _STRIP = 8  # frames
 
@@ -46,16 +48,22 @@ def predict_videos(
     output: Path,
 ) -> int:
     """Ask every phrase of every video and write the files; how many videos failed, each named."""
-    names: set[str] = set()
+    named = video_folders(map(Path, paths))
+    make_folder(output)
+    write_json(
+        output / PREDICTIONS, {"info": info(named)}
+    )  # by which the next call knows the folders
     failed = 0
-    for path in paths:
+    for path, name in zip(paths, named, strict=True):
         try:
             frames = open_frames(path)
-            folder = make_folder(output / _free_name(Path(path), names))
-            print(f"{path}: {predict_video(predictor, frames, options, folder)}; see {folder}")
+            folder = make_folder(output / name)
+            print(
+                f"{plain(path)}: {predict_video(predictor, frames, options, folder)}; see {folder}"
+            )
         except DataError as error:
             failed += 1
-            print(f"{path}: {error}", file=sys.stderr)
+            print(f"{plain(path)}: {plain(error)}", file=sys.stderr)
     return failed
 
 
@@ -95,11 +103,14 @@ def instances(results: VideoResults, number: int) -> list[Instance]:
     ]
 
 
-def _free_name(path: Path, taken: set[str]) -> str:
-    stem = path.stem if path.suffix else path.name
-    name, number = stem, 1
-    while name.lower() in taken:
-        number += 1
-        name = f"{stem}_{number}"
-    taken.add(name.lower())
-    return name
+def video_folders(paths: Iterable[Path]) -> list[str]:
+    """The name of each video's folder; videos of equal names do not share one."""
+    names: list[str] = []
+    for path in paths:
+        stem = path.stem if path.suffix else path.name
+        name, number = stem, 1
+        while name.casefold() in map(str.casefold, names):
+            number += 1
+            name = f"{stem}_{number}"
+        names.append(name)
+    return names

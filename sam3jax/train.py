@@ -7,8 +7,8 @@ resume (a checkpoint in the run folder goes before everything), the loop, the su
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
@@ -20,10 +20,9 @@ import jax
 
 from sam3jax.config import Config, load_config
 from sam3jax.errors import exit_status
-from sam3jax.files import write_json
 from sam3jax.options import parse
 from sam3jax.tasks import TASKS
-from sam3jax.training.log import RunLog
+from sam3jax.training.log import RunLog, StepLog
 from sam3jax.training.mesh import (
     backend_of,
     join,
@@ -33,13 +32,15 @@ from sam3jax.training.mesh import (
     put_batch,
     put_replicated,
 )
-from sam3jax.training.optim import build_optimizer, learning_rate
+from sam3jax.training.optim import build_optimizer
 from sam3jax.training.rates import count, multipliers
+from sam3jax.training.signals import Interruptions, stopped
+from sam3jax.training.skipped import SkippedSteps
 from sam3jax.training.state import init_state, restore, save
 from sam3jax.training.step import make_train_step
-from sam3jax.training.timing import Timer, peak_memory
+from sam3jax.training.summary import finish, finished
+from sam3jax.training.timing import peak_memory
 from sam3jax.training.validation import Validation
-from sam3jax.viewing.report import write_report
 from sam3jax.weights.base import open_base
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.run_folder import open_run_folder
@@ -65,23 +66,28 @@ def train(config: Config) -> dict[str, Any]:
     optimizer = build_optimizer(config, trainable, rates)
     trained, total = count(trainable, rates), sum(x.size for x in jax.tree.leaves(weights.params))
 
-    run = open_run_folder(config, weights.fingerprint)
-    chief = jax.process_index() == 0
-    checkpoints = Checkpoints(run, keep=config.keep)
-    state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
-    untrained = state.trainable
-    if (found := checkpoints.latest()) is not None:
-        state = restore(checkpoints, found, state)
-        loader.set_state(checkpoints.about(found)["data"])
-    first = int(state.step)
-    if first >= config.steps and (run / "summary.json").is_file():
-        if chief:
-            print(f"{run} is finished: {first} of {config.steps} steps; raise `steps` to train on")
-        checkpoints.close()
-        return json.loads((run / "summary.json").read_text())
-    validated = checkpoints.validation(first) is not None
-    log = RunLog(run, first, config.steps, validated=validated, write=chief)
-    try:
+    # What is entered here is closed in reverse order, whatever ends the run.
+    with ExitStack() as ending:
+        folder = ending.enter_context(open_run_folder(config, weights.fingerprint))
+        run, chief = folder.path, jax.process_index() == 0
+        checkpoints = ending.enter_context(closing(Checkpoints(run, keep=config.keep)))
+        state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
+        untrained = state.trainable
+        if (found := checkpoints.latest()) is not None:
+            about = checkpoints.about(found, folder.id)
+            state = restore(checkpoints, found, state)
+            loader.set_state(about["data"], force=config.resume == "force")
+        first = int(state.step)
+        if first >= config.steps and (done := finished(run, config.steps)) is not None:
+            if chief:
+                print(
+                    f"{run} is finished: {first} of {config.steps} steps; raise `steps` to train on"
+                )
+            return done
+        validated = checkpoints.validation(first) is not None
+        log = RunLog(run, first, config.steps, validated=validated, write=chief)
+        ending.enter_context(closing(loader))
+        ending.enter_context(closing(log))
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
         for line in task.describe(data):
             log.say(line)
@@ -97,65 +103,49 @@ def train(config: Config) -> dict[str, Any]:
             if first and not validated and _validates(config, first):
                 validate(state, frozen, prepared, first)
         del untrained
+
         step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
-        schedule = learning_rate(config.optim, config.steps)
-        timer = Timer()
-        pending = None
+        steps = StepLog(log, config, SkippedSteps(config.max_skipped, int(state.skipped)))
+        interruptions = ending.enter_context(Interruptions(config.save_minutes))
         for number in range(first + 1, config.steps + 1):
             batch = put_batch(next(loader), task.batch_spec, mesh, micro)
             with jax.transfer_guard("disallow"):  # a hidden copy is an error
                 state, metrics = step(state, frozen, prepared, batch)
-            # Read one step late: waiting for step n - 1 while step n runs keeps the device busy.
-            if pending is not None:
-                _log_step(log, pending, timer, schedule, config)
-            pending = (number, metrics)
+            steps.add(number, metrics)
+            stop, late = interruptions.after(number)
             validates = _validates(config, number)
-            if validates or number % config.save_every == 0:
+            if stop or late or validates or number % config.save_every == 0:
                 # The line of a step is written before its checkpoint, so that a kill loses neither.
-                _log_step(log, pending, timer, schedule, config)
-                pending = None
-                about = {"base": weights.fingerprint, "data": loader.get_state()}
+                steps.flush()
+                folder.check()
+                about = {"run": folder.id, "step": number}
+                about |= {"base": weights.fingerprint, "data": loader.get_state()}
                 save(checkpoints, state, about)
+                interruptions.saved()
+                if stop:
+                    checkpoints.wait()
+                    raise stopped(number, stop)
                 if validates and validate is not None:
                     validate(state, frozen, prepared, number)
-                timer.pause()
         checkpoints.wait()
+        folder.check()
         best, last = (checkpoints.validation(s) or {} for s in (checkpoints.best(), config.steps))
         summary = {
             "steps": config.steps, "parameters_trained": trained, "parameters": total,
             "skipped_steps": int(state.skipped), "devices": mesh.size,
-            "step_seconds_median": timer.median(), "peak_memory_gb": peak_memory(),
+            "step_seconds_median": steps.timer.median(), "peak_memory_gb": peak_memory(),
             "base": before, "final": last.get("metrics"), "best": best.get("metrics"),
         }  # fmt: skip
         if chief:
-            write_json(run / "summary.json", summary)
-            write_report(run)
+            finish(run, summary)
         log.say(f"done: {run / 'report.html'}")
         return summary
-    finally:
-        checkpoints.close()  # a save under way is waited for, whatever ended the loop
-        log.close()
-        loader.close()
 
 
 def _validates(config: Config, number: int) -> bool:
     """Whether a step is validated: every `eval_every`th, and the last one."""
     due = bool(config.eval_every) and number % config.eval_every == 0
     return due or number == config.steps
-
-
-def _log_step(log, pending, timer: Timer, schedule, config: Config) -> None:
-    number, metrics = pending
-    jax.block_until_ready(metrics)
-    timer.step_done()
-    if number % config.log_every and number not in (1, config.steps):
-        return
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    values["rate"] = float(schedule(number))
-    if (seconds := timer.median(recent=50)) is not None:
-        values["images_per_second"] = config.batch_size / seconds
-        values["seconds_left"] = (config.steps - number) * seconds
-    log.train(number, values)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,11 +64,12 @@ def write_run(folder, init, step: int = 0) -> None:
     base = open_base(settings(folder, init))
     weights = base.load()
     trainable, _ = start(weights.params, base.config)
-    open_run_folder(base.config, weights.fingerprint)
-    saved = Checkpoints(folder, keep=3)
-    about = {"base": weights.fingerprint, "data": {}}
-    saved.save(step, jax.tree.map(lambda x: x + step, trainable), {"step": np.array(step)}, about)
-    saved.close()
+    with open_run_folder(base.config, weights.fingerprint) as opened:
+        saved = Checkpoints(folder, keep=3)
+        about = {"run": opened.id, "step": step, "base": weights.fingerprint, "data": {}}
+        moved = jax.tree.map(lambda x: x + step, trainable)
+        saved.save(step, moved, {"step": np.array(step)}, about)
+        saved.close()
 
 
 def known(config) -> str:
@@ -74,7 +77,8 @@ def known(config) -> str:
 
 
 def open_again(config) -> None:
-    open_run_folder(open_base(config).config, known(config))
+    with open_run_folder(open_base(config).config, known(config)):
+        pass
 
 
 def test_a_run_whose_base_was_replaced_is_refused(tmp_path):
@@ -136,11 +140,53 @@ def test_a_run_of_the_version_before_is_refused_with_what_to_do_and_stays_as_it_
         read_run(run)
     with pytest.raises(ConfigError, match=refused):
         open_base(settings(tmp_path / "next", run))
-    with pytest.raises(ConfigError, match=refused):
-        open_run_folder(open_base(settings(run, model)).config, "any")
+    with pytest.raises(ConfigError, match=refused), open_run_folder(open_base(settings(run, model)).config, "any"):  # fmt: skip
+        pass
     assert (run / "config.yaml").read_text() == text
 
 
 def test_a_setting_that_is_gone_says_what_stands_in_its_place():
     with pytest.raises(ConfigError, match=r"optim\.accumulate is gone: .*micro_batch"):
         parse_config({"optim": {"accumulate": 4}})
+
+
+def refused(run) -> str:
+    with pytest.raises(ConfigError) as found:
+        read_run(run)
+    return str(found.value)
+
+
+def test_checkpoints_of_another_run_or_step_are_refused(tmp_path):
+    model, one, two = (tmp_path / name for name in ("model", "one", "two"))
+    write_model(model, seed=0)
+    write_run(one, init=model, step=2)
+    write_run(two, init=model, step=4)
+    assert read_run(one).step == 2
+    shutil.copytree(two / "checkpoints" / "4", one / "checkpoints" / "4")
+    assert f"{one}/checkpoints/4 belongs to another run" in refused(one)
+    shutil.rmtree(one / "checkpoints" / "4")
+    (two / "checkpoints" / "4").rename(two / "checkpoints" / "6")
+    assert "is the checkpoint of step 4 under another name" in refused(two)
+
+
+@pytest.mark.parametrize(
+    ("item", "damage"),
+    [("about/metadata", "empty"), ("about/metadata", "text"), ("about/metadata", "gone"),
+     ("weights/_METADATA", "cut"), ("weights/manifest.ocdbt", "cut"), ("weights/manifest.ocdbt", "gone")],
+)  # fmt: skip
+def test_a_damaged_newest_checkpoint_offers_the_one_before(item, damage, tmp_path):
+    model, run = tmp_path / "model", tmp_path / "run"
+    write_model(model, seed=0)
+    write_run(run, init=model, step=2)
+    write_run(run, init=model, step=4)
+    file = run / "checkpoints" / "4" / item
+    if damage == "gone":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"{}"}[damage])
+    said = refused(run)
+    assert "the checkpoint of step 4 is damaged" in said
+    assert f"remove {run}/checkpoints/4, then step 2 takes its place" in said
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert read_run(run).step == 2

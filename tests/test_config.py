@@ -143,7 +143,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(word):
         ("steps=1e4", 10_000), ("steps=1_000", 1000), ("steps='5'", 5), ("steps=010", 10),
         ("evaluation.nms=None", None), ("evaluation.nms=.5", 0.5), ("data.phrases={1: no}", {"1": "no"}),
         ("data.phrases.person=on", {"person": "on"}), ("data.negative_phrases=[2024, 1e5, off]", ("2024", "1e5", "off")),
-        ("trainable=*", ("*",)), ("trainable=", ()), ("trainable=[]", ()), ("resume=off", False),
+        ("trainable=*", ("*",)), ("trainable=", ()), ("trainable=[]", ()), ("data.flip=off", False), ("resume=off", "false"),
         ("data.negative_phrases=wet paint", ("wet paint",)), ("data.slices=3", 3),
         ("data.window=[-1e3, 400]", (-1000.0, 400.0)), ("data.window=null", None),
     ],

@@ -23,7 +23,7 @@ FLOORS = (
     ("evaluation",),
     ("tasks",),
     ("training",),
-    ("predict_video",),  # the half of `predict` for films
+    ("predict_video", "predict_clicks", "evaluate_clicks"),  # the half of `predict` for films
     ("train", "evaluate", "predict", "doctor", "report", "settings"),
     ("demo",),  # trains and evaluates
     ("cli",),

@@ -174,3 +174,22 @@ def test_a_browser_shows_it_without_sideways_scrolling(run, tmp_path, width):
     assert int(content) <= int(window)
     assert decoded == "true"
     assert int(chart) >= 300
+
+
+def test_nothing_in_the_files_of_a_run_can_act_in_its_report(run, tmp_path):
+    """Names of metrics, the step and the weights come from files, which anybody may have written."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    file = copy / "evaluation.json"
+    content = json.loads(file.read_text())
+    evil = "<img src=x onerror=document.title=1>"
+    content["metrics"][evil], content["weights"], content["step"] = 0.5, evil, evil
+    content["data"] = f"{evil} of /home/maker/private/data:valid"
+    file.write_text(json.dumps(content))
+    (copy / "config.yaml").write_text("init: /home/maker/models/sam3\noutput: /home/maker/runs/a\n")
+    html = report.write_report(copy, {}).read_text()
+    assert evil not in html
+    assert "&lt;img src=x onerror" in html
+    assert "default-src &#39;none&#39;; img-src data:" in html
+    assert "/home/maker" not in html
+    assert "init: …/sam3" in html

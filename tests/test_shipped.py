@@ -17,15 +17,19 @@ from sam3jax.model import Sam3
 from sam3jax.predict import Predictor
 from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import SHIPPED, is_model_folder, locate, open_model_folder
+from sam3jax.weights.names import PARTS, parts_of
 
 NAME = f"{SHIPPED}tiny_shapes"
 
 
 def test_it_is_small_narrow_and_says_how_it_was_trained():
     folder = open_model_folder(NAME)
-    assert sum(f.stat().st_size for f in locate(NAME).iterdir()) <= 4_000_000
+    assert sum(f.stat().st_size for f in locate(NAME).iterdir()) <= 5_000_000
     assert {np.dtype(t.dtype) for t in folder.leaves.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    first, *runs = folder.source["trained"]
+    first, *runs, heads = folder.source["trained"]
+    assert heads["made by"] == "python -m scripts.pretrain_clicks"
+    assert heads["mIoU@1"] > 0.8
+    assert parts_of(path[0] for path in folder.leaves) == tuple(PARTS)
     assert first["made by"] == "python -m scripts.pretrain_shapes"
     assert first["steps"] > 1000
     assert all(run["settings"]["data"]["shapes_concepts"] == "seen" for run in runs)

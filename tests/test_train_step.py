@@ -1,5 +1,6 @@
 """The step: the same on one device and on eight, one program, nothing called back, nothing leaked."""
 
+import functools
 import re
 
 import chex
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from sam3jax.config import ConfigError, LoraConfig
+from sam3jax.config import Config, ConfigError, LoraConfig
 from sam3jax.model.layers import Linear
 from sam3jax.tasks.detection import Detection, DetectionData
 from sam3jax.training.mesh import make_mesh, micro_batches, put_batch, put_replicated
@@ -24,17 +25,26 @@ from tests.batches import random_batch, small_config, small_split
 COUNTS = np.array([[1, 2], [0, 3], [0, 0], [1, 0], [2, 2], [5, 0], [1, 1], [0, 1]])
 
 
-def run_once(config, batch, devices, optimizer=None, steps=1, micro=1):
-    """(state, metrics, step) after `steps` steps on that many devices, in that many micro-batches."""
+DESCENT = optax.sgd(1.0)  # one optimizer for all tests: equal steps are traced and compiled once
+
+
+@functools.cache
+def a_step(settings, optimizer, devices):
+    config = Config.model_validate_json(settings)
     mesh = make_mesh(jax.devices()[:devices])
     task = Detection(config)
+    step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
+    return mesh, task, step
+
+
+def run_once(config, batch, devices, optimizer=DESCENT, steps=1, micro=1):
+    """(state, metrics, step) after `steps` steps on that many devices, in that many micro-batches."""
+    mesh, task, step = a_step(config.model_dump_json(), optimizer, devices)
     trainable, frozen = small_split(config)
-    optimizer = optimizer or optax.sgd(1.0)
     data = DetectionData(None, None, (), batch.tokens)
     prepared, rest = task.prepare(trainable, frozen, data)
     prepared, rest = put_replicated((prepared, rest), mesh)
     state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
-    step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
     put = put_batch(batch, task.batch_spec, mesh, micro)
     for _ in range(steps):
         state, metrics = step(state, rest, prepared, put)
@@ -176,7 +186,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 def test_bfloat16_is_near_float32():
     exact = small_config()
     rough = small_config(model={"compute_dtype": "bfloat16"})
-    batch = random_batch(exact, 4, COUNTS[:5])
+    batch = random_batch(exact, 4, COUNTS[:3])
     _, a, _ = run_once(exact, batch, 1)
     _, b, _ = run_once(rough, batch, 1)
     assert abs(a["loss"] - b["loss"]) < 0.05 * a["loss"]
@@ -190,9 +200,10 @@ def test_dropout_differs_from_step_to_step_and_repeats_with_the_seed():
         optim={"learning_rate": 1e-9},
     )
     batch = random_batch(config, 5, COUNTS[:3])
-    _, first, _ = run_once(config, batch, 1, optax.sgd(0.0))
-    _, again, _ = run_once(config, batch, 1, optax.sgd(0.0))
-    _, second, _ = run_once(config, batch, 1, optax.sgd(0.0), steps=2)
+    still = optax.sgd(0.0)
+    _, first, _ = run_once(config, batch, 1, still)
+    _, again, _ = run_once(config, batch, 1, still)
+    _, second, _ = run_once(config, batch, 1, still, steps=2)
     assert first["loss"] == again["loss"]
     assert first["loss"] != second["loss"]
 
@@ -212,7 +223,10 @@ def test_the_average_of_weights_is_unbiased_and_a_skipped_step_leaves_it_alone()
     config = small_config(optim={"ema": 0.9})
     batch = random_batch(config, 3, COUNTS[:3])
     rate = optax.sgd(1e-3)
-    weights = [run_once(config, batch, 1, rate, steps=n)[0] for n in (1, 2, 3)]
+    runs = [run_once(config, batch, 1, rate, steps=n) for n in (1, 2, 3)]
+    weights = [state for state, _, _ in runs]
+    step, *_ = runs[0][2]()
+    assert step._cache_size() == 1  # on one device too, the second step is the program of the first
     assert_close = lambda a, b: chex.assert_trees_all_close(a, b, rtol=1e-6, atol=1e-7)
     assert_close(weights[0].ema, weights[0].trainable)  # not still at the start
     share = np.array([0.81, 0.9, 1.0]) / (0.81 + 0.9 + 1)

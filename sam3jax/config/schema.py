@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sam3jax.config.clicks import ClicksConfig
 from sam3jax.config.clips import ClipsConfig
@@ -26,7 +26,7 @@ class DataConfig(Section):
 
     train: Text | None = Field(
         default=None,
-        description="Folder with pictures and COCO JSON, or `shapes` for generated pictures.",
+        description="Folder with pictures and COCO JSON, or `shapes` or `xrays` for generated pictures.",
     )
     valid: Text | None = Field(
         default=None,
@@ -419,6 +419,12 @@ class Config(Section):
     save_every: int = Field(
         default=200, ge=1, le=BILLION, description="Steps from one checkpoint to the next."
     )
+    save_minutes: float = Field(
+        default=15,
+        gt=0,
+        le=100_000,
+        description="Minutes after which a step is saved in any case, where save_every takes longer.",
+    )
     log_every: int = Field(
         default=10, ge=1, le=BILLION, description="Steps from one line of the log to the next."
     )
@@ -430,11 +436,27 @@ class Config(Section):
         description="Metric of the validation that chooses the best checkpoint. null: the task's own, for "
         "detection segm/AP, or bbox/AP where no mask is annotated.",
     )
-    resume: bool = Field(
-        default=True,
-        description="Continue from the newest checkpoint of the run folder. false: refuse a folder that holds a "
-        "run.",
+    max_skipped: int = Field(
+        default=20,
+        ge=1,
+        le=BILLION,
+        description="Steps in a row whose loss or gradient may be not finite before the run ends.",
     )
+    resume: Literal["true", "false", "force"] = Field(
+        default="true",
+        description="true: continue from the newest checkpoint of the run folder. false: refuse a folder that holds "
+        "a run. force: continue although the data have changed.",
+    )
+    id: Text | None = Field(
+        default=None,
+        description="Identity of the run, by which it knows its checkpoints. Set by the trainer.",
+    )
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        word = str(value).lower()
+        return {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(word, word)
 
     @model_validator(mode="before")
     @classmethod

@@ -17,8 +17,9 @@ from sam3jax.data.prompts import vocabulary
 from sam3jax.data.records import Dataset, trained_categories
 from sam3jax.data.shapes import shapes_dataset
 from sam3jax.data.tokenizer import words
+from sam3jax.data.xrays import xrays_dataset
 
-SHAPES = "shapes"  # what data.train says for them
+GENERATED = {"shapes": shapes_dataset, "xrays": xrays_dataset}  # what data.train says for them
 _SIDES = frozenset(("left", "right", "leftmost", "rightmost", "lefthand", "righthand"))
 _UPRIGHT = (
     "top",
@@ -48,12 +49,12 @@ def read_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     data = config.data
     if data.train is None:
         raise DataError("no training data: set data.train to a COCO folder, or to shapes")
-    train = _read(config, data.train, data.train_split)
+    train = read_dataset_of(config, data.train, data.train_split)
     valid = None
     if data.valid is not None:
-        valid = _read(config, data.valid, data.valid_split)
-    elif data.train == SHAPES or has_split(data.train, data.valid_split):
-        valid = _read(config, data.train, data.valid_split)
+        valid = read_dataset_of(config, data.valid, data.valid_split)
+    elif data.train in GENERATED or has_split(data.train, data.valid_split):
+        valid = read_dataset_of(config, data.train, data.valid_split)
     elif data.valid_split != DataConfig().valid_split:
         raise DataError(
             f"{data.train} has no split {data.valid_split!r}, it has "
@@ -98,15 +99,16 @@ def open_dataset(config: Config, path: str, split: str) -> Dataset:
 
     Categories with boxes only are refused where masks train.
     """
-    dataset = _renamed(config, _read(config, path, split))
+    dataset = _renamed(config, read_dataset_of(config, path, split))
     _check_masks(config, dataset)
     return dataset
 
 
-def _read(config: Config, path: str, split: str) -> Dataset:
+def read_dataset_of(config: Config, path: str, split: str) -> Dataset:
+    """One split as it is. Raises DataError."""
     data = config.data
-    if path == SHAPES:
-        return shapes_dataset(split, data)
+    if path in GENERATED:
+        return GENERATED[path](split, data)
     reading = reading_of(data)
     dataset = read_dataset(path, split, allow_outside=data.allow_outside, reading=reading)
     if data.limit is not None:

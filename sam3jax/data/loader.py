@@ -7,6 +7,7 @@ same global batch, and the state of an iterator is one number.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,14 +67,18 @@ class TrainLoader:
         """What `set_state` needs to continue behind the batch handed out last; fits into JSON."""
         return {"pictures_seen": self._next * self._batch_size, **self._identity}
 
-    def set_state(self, state: dict[str, int]) -> None:
-        """Continue exactly there. Raises DataError where the data are not those of the state."""
-        for key, value in self._identity.items():
-            if key in state and state[key] != value:
-                raise DataError(
-                    f"cannot resume: the checkpoint was made with {key} {state[key]}, now it is "
-                    f"{value}; restore the data or setting, or start a new run (output=...)"
-                )
+    def set_state(self, state: dict[str, int], *, force: bool = False) -> None:
+        """Continue exactly there. Raises DataError where the data are not those of the state, unless `force`."""
+        changed = [
+            f"{key} {state[key]} -> {value}"
+            for key, value in self._identity.items()
+            if key in state and state[key] != value
+        ]
+        if changed and not force:
+            raise DataError(
+                f"cannot resume: the data are not those of the checkpoint ({', '.join(changed)}); restore the data or "
+                "setting, start a new run (output=...), or continue with the new data (resume=force)"
+            )
         self.close()
         self._next = state["pictures_seen"] // self._batch_size
 
@@ -98,13 +103,15 @@ def make_train_loader(
     config: Config,
     *,
     shapes: Shapes | None = None,
+    valid: Dataset | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainLoader:
     """Shuffled, augmented batches of config.batch_size pictures, this process's rows of them.
 
     phrases: `vocabulary(...)`; tokens [V, N], one row for each; they become `Batch.tokens`.
-    shapes: default `training_shapes(dataset, config.data)`. Raises ConfigError and DataError.
+    shapes: default `training_shapes(dataset, config.data)`. valid: what the run validates on, which a resumed
+    run must find again as well. Raises ConfigError and DataError.
     """
     if (config.data.min_size or 0) > config.model.image_size:
         raise ConfigError(
@@ -116,6 +123,9 @@ def make_train_loader(
         dataset, phrases, config, shapes or asking.training_shapes(dataset, config.data), rows
     )
     identity = {**fingerprint(dataset), "seed": config.seed}
+    identity["phrases"] = zlib.crc32("\0".join(phrases).encode("utf-8", "replace"))
+    if valid is not None:
+        identity |= {f"validation {key}": value for key, value in fingerprint(valid).items()}
 
     def stream(start: int) -> Iterator[Batch]:
         for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from sam3jax.data.records import Dataset
+from sam3jax.data.segmentations import Polygons, Rle
 
 
 class Order:
@@ -57,16 +58,33 @@ def repeat_factors(dataset: Dataset, threshold: float) -> np.ndarray:
 
 
 def fingerprint(dataset: Dataset) -> dict[str, int]:
-    """What tells data apart that only look alike: counts, and a checksum over names, categories, boxes."""
+    """What tells data apart that only look alike: counts, and a checksum over whatever is asked and answered."""
     checksum, annotations = 0, 0
     for image in dataset.images:
         annotations += len(image.annotations)
         boxes = np.array(
             [(a.category_id, a.iscrowd, *a.bbox) for a in image.annotations], np.float64
         )
-        name = f"{image.file.name}\0{image.width}\0{image.height}"
-        checksum = zlib.crc32(name.encode("utf-8", "surrogateescape"), checksum)
+        judged = sorted(image.negative_ids or ()), sorted(image.not_exhaustive_ids)
+        text = f"{image.file.name}\0{image.frame}\0{image.width}\0{image.height}\0{judged}"
+        checksum = zlib.crc32(text.encode("utf-8", "surrogateescape"), checksum)
         checksum = zlib.crc32(boxes.tobytes(), checksum)
+        for annotation in image.annotations:
+            checksum = _add_mask(annotation.segmentation, checksum)
     names = "\0".join(f"{i} {name}" for i, name in dataset.categories.items())
     checksum = zlib.crc32(names.encode("utf-8", "replace"), checksum)
     return {"pictures": len(dataset.images), "annotations": annotations, "checksum": checksum}
+
+
+def _add_mask(mask: Polygons | Rle | None, checksum: int) -> int:
+    """A checksum, continued over a mask as it is stored."""
+    if mask is None:
+        return zlib.crc32(b"-", checksum)
+    if isinstance(mask, tuple):
+        parts = [np.ascontiguousarray(p).tobytes() for p in mask]
+    else:
+        counts = mask["counts"]
+        parts = [counts.encode() if isinstance(counts, str) else bytes(counts)]
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return checksum

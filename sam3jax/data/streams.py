@@ -13,6 +13,7 @@ from absl import flags
 
 from sam3jax.data.examples import Arrays
 from sam3jax.data.ledger import DataError
+from sam3jax.data.workers import start_worker, watched
 
 ENDLESS = 2**40  # batches; nobody trains so long
 
@@ -59,17 +60,17 @@ def run_ahead(
     # As bytes: grain moves arrays through /dev/shm, which is 64 MB in a container.
     packed = batches.map(pickle.dumps).to_iter_dataset(ahead)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    stream = _unpacked(packed.mp_prefetch(options))
+    stream = _unpacked(packed.mp_prefetch(options, worker_init_fn=start_worker))
     _open_streams.add(stream)
     return stream
 
 
 def _unpacked(packed: grain.IterDataset) -> Generator[Arrays]:
-    iterator = iter(packed)
+    batches = watched(iter(packed))
     try:
-        yield from map(pickle.loads, iterator)
+        yield from map(pickle.loads, batches)
     finally:
-        iterator.close()
+        batches.close()
 
 
 _open_streams: weakref.WeakSet[Generator] = weakref.WeakSet()

@@ -14,13 +14,15 @@ from PIL import Image
 
 from sam3jax.config import Config
 from sam3jax.data.clips import Sampling, frame_record, phrases_of_videos, usable
-from sam3jax.data.datasets import SHAPES, check_training
+from sam3jax.data.datasets import check_training
 from sam3jax.data.frames import Frames
 from sam3jax.data.ledger import DataError, Ledger
 from sam3jax.data.moving_shapes import moving_shapes_dataset
 from sam3jax.data.records import Dataset, ImageRecord
 from sam3jax.data.video_folders import read_videos
 from sam3jax.data.videos import VideoDataset, annotation_of_rle, rename_phrases
+
+_SHAPES = "shapes"  # what data.train says for generated videos
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +50,7 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
     valid = None
     if data.valid is not None:
         valid = _read(config, data.valid, data.valid_split)
-    elif data.train == SHAPES or _has_split(Path(data.train).expanduser(), data.valid_split):
+    elif data.train == _SHAPES or _has_split(Path(data.train).expanduser(), data.valid_split):
         valid = _read(config, data.train, data.valid_split)
     train, lines = usable(train, sampling_of(config))
     if not train.videos:
@@ -104,7 +106,7 @@ def _frames(dataset: VideoDataset, categories: tuple[int, ...]) -> Iterator[Fram
 
 def _read(config: Config, path: str, split: str) -> VideoDataset:
     data = config.data
-    if path == SHAPES:
+    if path == _SHAPES:
         return moving_shapes_dataset(split, data, config.clips.generated_frames)
     dataset = read_videos(path, split)
     if data.limit is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,17 @@ def _summary(found: ClickEvaluation) -> dict[str, Any]:
 def _named(record: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
     picture = dataset.images[record["image_id"]]
     return {**record, "image_id": picture.id, "file": str(picture.file)}
+
+
+def print_clicks(file: Path) -> dict[str, Any]:
+    """evaluation.json for a terminal, and as it is."""
+    report = json.loads(file.read_text())
+    print(f"{report['weights']} (step {report['step']}) on {report['data']}")
+    before = report.get("base", {}).get("metrics", {})
+    for name, value in report["metrics"].items():
+        change = f"  base {before[name]:.4f}  {value - before[name]:+.4f}" if name in before else ""
+        print(f"  {name:<28} {value:.4f}{change}")
+    print(f"  {'predicted IoU':>14} {'true':>6} {'masks':>6}")
+    for row in report["calibration"]:
+        print(f"  {row['predicted']:14.3f} {row['true']:6.3f} {row['masks']:6}")
+    return report

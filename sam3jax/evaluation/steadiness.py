@@ -6,19 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sam3jax.data.video_sets import FrameRecord
 from sam3jax.evaluation.ground_truth import by_pair, overlaps, result_region
 from sam3jax.evaluation.video import steadiness
 
 _SAME = 0.5  # overlap of a detection with the object that it is of
 
 
-def steadiness_of(
-    records: Iterable[FrameRecord], predictions: Iterable[Mapping[str, Any]]
-) -> float:
+def steadiness_of(records: Iterable[Any], predictions: Iterable[Mapping[str, Any]]) -> float:
     """`video.steadiness` of the objects' scores: of each the best that lies on it, 0 where none does.
 
-    records: frames in their order; predictions: COCO results. Boxes are compared: it is asked whether
+    records: FrameRecords in their order; predictions: COCO results. Boxes are compared: it is asked whether
     the object was found, not how well.
     """
     found = by_pair(list(predictions))

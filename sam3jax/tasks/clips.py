@@ -100,7 +100,7 @@ class Clips(Detection):
         def shares(frames: ClipBatch, key: jax.Array) -> Shares:
             outputs = forward(self.model, variables, text, frames.replace(tokens=tokens), key)
             return part_shares(
-                outputs, frames.targets, asked(frames), config, totals, stage=frames.stage,
+                outputs, frames.targets, asked(frames), config, totals, stage=jnp.asarray(frames.stage),
                 axis_names=(AXIS,), point_rng=jax.random.fold_in(key, 1),
             )  # fmt: skip
 

@@ -71,7 +71,9 @@ class Detection:
         yield balance(data.train, self.config.data, self.config.seed)
 
     def loader(self, data: DetectionData, **process: Any) -> TrainLoader:
-        return make_train_loader(data.train, data.phrases, data.tokens, self.config, **process)
+        return make_train_loader(
+            data.train, data.phrases, data.tokens, self.config, valid=data.valid, **process
+        )
 
     def prepare(
         self, trainable: Tree, frozen: Tree, data: DetectionData

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
+from sam3jax.config import Config
 from sam3jax.files import write_text
+from sam3jax.training.board import Board
+from sam3jax.training.optim import learning_rate
+from sam3jax.training.timing import Timer
 
 
 class RunLog:
@@ -48,7 +53,7 @@ class RunLog:
             kept = [line for line in file.read_text().splitlines() if _is_kept(line, last)]
             write_text(file, "".join(f"{line}\n" for line in kept))
         self._file = file.open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._board = Board(run / "tensorboard", step, self.say)
         self._bar.start()
 
     def say(self, line: str) -> None:
@@ -86,7 +91,14 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{name}.png")
-        self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        self._board.image(name, np.asarray(picture), step)
+
+    def flush(self) -> None:
+        """Onto the disk, before a checkpoint: a run that continues behind it misses no line."""
+        if self._write:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         """Flush everything."""
@@ -104,7 +116,53 @@ class RunLog:
         self._file.flush()
         for name, value in numbers.items():
             if np.isfinite(value):
-                self._board.add_scalar(f"{split}/{name}", value, step)
+                self._board.scalar(f"{split}/{name}", value, step)
+
+
+class StepLog:
+    """Logs every step once it is done: `add` after it was started, `flush` before a checkpoint.
+
+    A step is read when the next one was started: waiting for step n - 1 while step n runs keeps the device
+    busy. skipped: called with each step's metrics, and may end the run.
+    """
+
+    def __init__(
+        self, log: RunLog, config: Config, skipped: Callable[[int, Mapping[str, Any]], None]
+    ) -> None:
+        self.timer = Timer()
+        self._log, self._config, self._skipped = log, config, skipped
+        self._schedule = learning_rate(config.optim, config.steps)
+        self._pending: tuple[int, Any] | None = None
+
+    def add(self, step: int, metrics: Any) -> None:
+        """A step was started."""
+        self._finish()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Everything onto the disk; what follows (validation, saving) is no part of a step."""
+        self._finish()
+        self._log.flush()
+        self.timer.pause()
+
+    def _finish(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        jax.block_until_ready(metrics)
+        self.timer.step_done()
+        config, values = self._config, jax.device_get(metrics)
+        try:
+            self._skipped(step, values)
+        finally:
+            if not step % config.log_every or step in (1, config.steps):
+                values = {k: float(v) for k, v in values.items()}
+                values["rate"] = np.asarray(self._schedule(step)).item()
+                if (seconds := self.timer.median(recent=50)) is not None:
+                    values["images_per_second"] = config.batch_size / seconds
+                    values["seconds_left"] = (config.steps - step) * seconds
+                self._log.train(step, values)
 
 
 def _is_kept(line: str, last: Mapping[str, int]) -> bool:

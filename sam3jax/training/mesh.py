@@ -32,12 +32,16 @@ def backend_of(mesh: Mesh) -> str:
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
-    """Every leaf on every device; what lies there already stays."""
+    """Every leaf on every device; what lies there already stays.
+
+    All leaves get one kind of sharding, that of the step's outputs, even on one device: else the
+    second step would be another program.
+    """
     sharding = NamedSharding(mesh, P())
 
     def put(x: Any) -> jax.Array:
         there = x.sharding if isinstance(x, jax.Array) else None
-        if there and there.is_fully_replicated and there.device_set == sharding.device_set:
+        if isinstance(there, NamedSharding) and there.is_equivalent_to(sharding, x.ndim):
             return x
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from sam3jax.config import ConfigError
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.tree import Tree
 
@@ -61,5 +62,9 @@ def restore(checkpoints: Checkpoints, step: int, like: TrainState) -> TrainState
     if like.ema is not None:
         rest["unaveraged"] = like.trainable
     weights, rest = checkpoints.restore(step, like.trainable, rest)
+    if int(rest["step"]) != step:
+        raise ConfigError(
+            f"the checkpoint of step {step} holds the state of step {int(rest['step'])}: put its own files back"
+        )
     trainable = rest.pop("unaveraged", weights)
     return TrainState(trainable=trainable, ema=None if like.ema is None else weights, **rest)

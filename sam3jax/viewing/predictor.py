@@ -100,7 +100,7 @@ class Predictor:
 
     def set_images(self, pictures: Sequence[Picture]) -> None:
         """Several pictures of any sizes, for `predict_all`. Raises DataError."""
-        self.pictures = [_as_rgb(picture) for picture in pictures]
+        self.pictures = [as_rgb(picture) for picture in pictures]
         pixels = np.stack([self._square(picture) for picture in self.pictures])
         self._images = self._detector.encode_image(self._variables, self._filled(pixels))
 
@@ -227,7 +227,8 @@ class Predictor:
         return self._detector.rows(np.concatenate([rows, *[rows[-1:]] * short]))
 
 
-def _as_rgb(picture: Picture) -> Image.Image:
+def as_rgb(picture: Picture) -> Image.Image:
+    """A file, a PIL picture or an array of uint8 as a picture of mode RGB. Raises DataError."""
     if isinstance(picture, str | Path):
         return open_rgb(picture)
     if isinstance(picture, np.ndarray):

@@ -14,10 +14,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup, escape
 from PIL import Image
 
 from sam3jax.config import ConfigError, load_config
@@ -27,7 +27,7 @@ from sam3jax.data.describe import describe
 from sam3jax.data.pictures import DataError
 from sam3jax.files import write_text
 from sam3jax.viewing import draw
-from sam3jax.viewing.page import PAGE
+from sam3jax.viewing.page import page
 
 _PICTURES = 4  # best, worst and most different, each
 _POINTS = 400  # of a curve: more cannot be seen
@@ -74,12 +74,24 @@ def write_report(run: str | Path, datasets: Mapping[str, Dataset] | None = None)
     )
     links = " ".join(f'<a href="#{name.lower()}">{name}</a>' for name, html in sections if html)
     step = f", step {evaluation['step']}" if "step" in evaluation else ""
-    title = escape(folder.resolve().name)
-    page = PAGE.format(
-        title=title, step=step, data=escape(str(evaluation.get("data", ""))), links=links, body=body
+    html = page(
+        title=folder.resolve().name,
+        step=step,
+        data=without_places(str(evaluation.get("data", ""))),
+        links=Markup(links),  # made here, of fixed words
+        body=Markup(body),  # made by the functions below, which escape what they are given
     )
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.html", html)
     return folder / "report.html"
+
+
+# A path from the root, at least two folders deep; the last part is kept.
+_PLACE = re.compile(r"(?<![\w.:/…])/(?:[^\s/:'\"<>,]+/)+([^\s/:'\"<>,]*)")
+
+
+def without_places(text: str) -> str:
+    """Text without the folders of the machine that it was made on: reports are passed on."""
+    return _PLACE.sub(r"…/\1", text)
 
 
 def read_curves(file: Path) -> dict[str, Series]:
@@ -193,7 +205,7 @@ def _categories(evaluation: Mapping[str, Any]) -> str:
     head = ["category", *_COLUMNS.values(), *(["base AP", "change"] if base else [])]
     table = []
     for row in sorted(rows, key=lambda r: -r.get(f"{kind}/AP", -1.0)):
-        cells = [escape(row["category"])]
+        cells = [row["category"]]
         cells += [_number(row.get(f"{kind}/{key}", row.get(key))) for key in _COLUMNS]
         if base:
             before = base.get(row["category"], {}).get(f"{kind}/AP")
@@ -267,13 +279,14 @@ def _inline(instances: Sequence[draw.Instance], image: Image.Image) -> str:
 def _data(datasets: Mapping[str, Dataset]) -> str:
     blocks = []
     for name, dataset in datasets.items():
-        lines = escape("\n".join(describe(dataset)))
-        blocks.append(f"<h3>{escape(name)}: {escape(dataset.name)}</h3><pre>{lines}</pre>")
+        lines = escape(without_places("\n".join(describe(dataset))))
+        place = escape(without_places(dataset.name))
+        blocks.append(f"<h3>{escape(name)}: {place}</h3><pre>{lines}</pre>")
     return "".join(blocks)
 
 
 def _summary(summary: Mapping[str, Any]) -> str:
-    rows = [[escape(name), _number(value)] for name, value in _flat(summary)]
+    rows = [[name, _number(value)] for name, value in _flat(summary)]
     return (
         f"<details open><summary>summary.json</summary>{_table(['', ''], rows)}</details>"
         if rows
@@ -292,7 +305,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _config(file: Path) -> str:
     if not file.is_file():
         return ""
-    text = escape(file.read_text())
+    text = escape(without_places(file.read_text()))
     return f"<details><summary>config.yaml</summary><pre>{text}</pre></details>"
 
 
@@ -331,7 +344,7 @@ def _number(value: Any) -> str:
     return (
         f"{value:,}"
         if isinstance(value, int) and not isinstance(value, bool)
-        else escape(str(value))
+        else without_places(str(value))
     )
 
 
@@ -341,14 +354,17 @@ def _change(before: float | None, after: float | None, *, worse_is_more: bool = 
     difference = after - before
     good = difference < 0 if worse_is_more else difference > 0
     shade = "" if abs(difference) < 5e-4 else ' class="good"' if good else ' class="bad"'
-    return f"<span{shade}>{difference:+.3f}</span>"
+    return Markup(f"<span{shade}>{difference:+.3f}</span>")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{name}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    """Every cell that is not Markup is escaped."""
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
     return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>' if text else ""
+    return f'<p class="note">{escape(without_places(text))}</p>' if text else ""

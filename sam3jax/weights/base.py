@@ -22,6 +22,7 @@ from sam3jax.weights.model_folder import (
     load_tokenizer,
     open_model_folder,
 )
+from sam3jax.weights.names import roots
 from sam3jax.weights.scope import scope_of
 from sam3jax.weights.tree import Tree
 
@@ -61,6 +62,7 @@ def open_base(config: Config) -> Base:
 
     def load() -> Weights:
         params = load_params(folder, np.float32, scope_of(config).parts)
+        refuse_not_finite(params, path)
         return Weights(params, fingerprint(params))
 
     return Base(_with_sizes(config, folder.config, path), tokenizer, load)
@@ -97,6 +99,13 @@ def _run(config: Config, path: Path) -> Base:
             params = jax.device_get(
                 merge_lora(params, run.variables["lora"], run.variables["lora_scale"])
             )
+        wanted = {root for part in scope_of(config).parts for root in roots(part)}
+        if not wanted <= params.keys():
+            # A run of another task below: what it did not hold comes from where it began.
+            beside = open_base(below.config.model_copy(update={"task": config.task})).load().params
+            params = {**beside, **params}
+        params = {root: params[root] for root in params if root in wanted}
+        refuse_not_finite(params, path)
         # Not of the merged weights: their last bits depend on the machine that merges.
         return Weights(params, fingerprint(jax.device_get(run.trained), run.base_fingerprint))
 
@@ -115,6 +124,18 @@ def fingerprint(tree: Tree, behind: str = "") -> str:
         text = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} {checksum}"
         digest.update(text.encode())
     return digest.hexdigest()[:32]
+
+
+def refuse_not_finite(params: Tree, path: str | Path) -> None:
+    """Raises ConfigError naming the first array with a NaN or an infinity: no step could learn from it."""
+    for where, leaf in jax.tree.leaves_with_path(params):
+        wrong = np.size(leaf) - np.count_nonzero(np.isfinite(leaf))
+        if wrong:
+            name = ".".join(str(key.key) for key in where)
+            raise ConfigError(
+                f"the weights in {path} are not finite: {name} holds NaN or infinity in {wrong:,} of "
+                f"{np.size(leaf):,} values; convert or download them again"
+            )
 
 
 def _with_sizes(config: Config, found: ModelConfig, path: Path) -> Config:

@@ -2,7 +2,7 @@
 
     checkpoints/STEP/weights          what was trained; averaged, where the run averages
                      state            what only training needs: optimizer, counters, unaveraged weights
-                     about            JSON: the base's fingerprint, where the data stand
+                     about            JSON: the run's identity, the step, the base's fingerprint, where the data stand
                      validation.json  metrics, thresholds and score, once the step was validated
 
 Weights lie apart from state, so a run is read without an optimizer. Which checkpoint is best is asked of
@@ -11,8 +11,10 @@ the checkpoints themselves: there is no other record that could disagree.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +22,55 @@ import jax
 import orbax.checkpoint as ocp
 
 from sam3jax.config import ConfigError
-from sam3jax.files import write_json
+from sam3jax.files import FileError, disk_full, write_json
 from sam3jax.weights.tree import Tree
 
 CHECKPOINTS = "checkpoints"
 VALIDATION = "validation.json"
+_FULL = ("No space left", "quota exceeded", "File too large", "RESOURCE_EXHAUSTED")
 
 
-def newest_about(run: Path) -> dict[str, Any] | None:
-    """What `about` of a run's newest checkpoint says, None where nothing was saved yet.
-
-    Read from the files: opening orbax's manager would wait for the other processes of a run.
-    Raises ConfigError for a run of an earlier version.
-    """
-    folders = [p for p in (run / CHECKPOINTS).glob("*") if p.name.isdigit()]
-    if any(not (folder / "about").is_dir() for folder in folders):
+def refuse_old(run: Path) -> None:
+    """Raises ConfigError for a run of an earlier version."""
+    if any(not (p / "about").is_dir() and (p / "state").is_dir() for p in _folders(run)):
         raise ConfigError(
             f"{run} was written by sam3jax 0.1 and cannot be read by this version: export it with `python -m "
             "convert jax-to-torch` of version 0.1, or train again into another output"
         )
-    if not folders:
-        return None
-    newest = max(folders, key=lambda folder: int(folder.name))
-    return json.loads((newest / "about" / "metadata").read_text())
+
+
+def newest_about(run: Path) -> dict[str, Any] | None:
+    """What `about` of a run's newest checkpoint says, None where nothing was saved yet. Raises ConfigError."""
+    refuse_old(run)
+    newest = max((int(p.name) for p in _folders(run)), default=None)
+    return None if newest is None else _read_about(run, newest)
+
+
+def _folders(run: Path) -> list[Path]:
+    return [p for p in (run / CHECKPOINTS).glob("*") if p.name.isdigit()]
+
+
+def _read_about(run: Path, step: int) -> dict[str, Any]:
+    """Read from the file: opening orbax's manager would wait for the other processes of a run."""
+    file = run / CHECKPOINTS / str(step) / "about" / "metadata"
+    try:
+        about = json.loads(file.read_text())
+        if isinstance(about["base"], str) and isinstance(about["data"], dict):
+            return about
+        why = "it holds something else"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = getattr(error, "strerror", None) or f"{error or type(error).__name__}"
+    raise _damaged(run, step, f"{file} cannot be read ({why})")
+
+
+def _damaged(run: Path, step: int, what: str) -> ConfigError:
+    """The sentence for a checkpoint that cannot be used; it offers the one before."""
+    before = max((n for n in (int(p.name) for p in _folders(run)) if n < step), default=None)
+    remedy = "the run begins again" if before is None else f"step {before} takes its place"
+    return ConfigError(
+        f"the checkpoint of step {step} is damaged: {what}. Put it back; or remove {run / CHECKPOINTS / str(step)}, "
+        f"then {remedy}"
+    )
 
 
 class Checkpoints:
@@ -51,7 +79,7 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int | None = None) -> None:
         # Opening to read makes orbax warn that it will not write.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self._folder, self._keep = (run / CHECKPOINTS).absolute(), keep
+        self._run, self._folder, self._keep = run, (run / CHECKPOINTS).absolute(), keep
         self._manager: ocp.CheckpointManager | None = None
         self._validations: dict[int, dict[str, Any]] = {}
         if keep is None and not self._folder.is_dir():
@@ -72,9 +100,23 @@ class Checkpoints:
         scored = [(v["score"], step) for step, v in self._validations.items()]
         return max(scored)[1] if scored else self.latest()
 
-    def about(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved with a step."""
-        return self._restore(step, about=ocp.args.JsonRestore())["about"]
+    def about(self, step: int, run_id: str | None) -> dict[str, Any]:
+        """The JSON that was saved with a step. Raises ConfigError for another run's or step's checkpoint.
+
+        run_id: of the run, from its config.yaml; None where that has none.
+        """
+        about = _read_about(self._run, step)
+        place = self._run / CHECKPOINTS / str(step)
+        if run_id is not None and about.get("run") != run_id:
+            raise ConfigError(
+                f"{place} belongs to another run ({about.get('run')}; this one is {run_id} by its config.yaml): put "
+                "this run's own checkpoints back"
+            )
+        if about.get("step", step) != step:
+            raise ConfigError(
+                f"{place} is the checkpoint of step {about['step']} under another name: rename the folder back"
+            )
+        return about
 
     def validation(self, step: int | None) -> dict[str, Any] | None:
         """{"metrics", "thresholds", "score"} of a step, None where it was not validated."""
@@ -106,7 +148,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             about=ocp.args.JsonSave(about),
         )
-        self._writer.save(step, args=ocp.args.Composite(**items))
+        with self._full_disks():
+            self._writer.save(step, args=ocp.args.Composite(**items))
 
     def attach(self, step: int, validation: dict[str, Any]) -> None:
         """Put a validation into the checkpoint of its step, and drop checkpoints that need not stay."""
@@ -128,17 +171,21 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait for saves under way."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._full_disks():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for saves under way and let go."""
         if self._manager is None:
             return
-        self.wait()
-        if self._keep is not None:
-            self.prune()
-        self._manager.close()
-        self._manager = None
+        try:
+            self.wait()
+            if self._keep is not None:
+                self.prune()
+        finally:
+            manager, self._manager = self._manager, None
+            with contextlib.suppress(Exception):  # a failed save, told once already
+                manager.close()
 
     @property
     def _writer(self) -> ocp.CheckpointManager:
@@ -153,11 +200,22 @@ class Checkpoints:
         assert self._manager is not None
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"the checkpoint at step {step} does not fit the run's configuration "
-                f"({str(error).splitlines()[0]}): was config.yaml changed?"
-            ) from error
+        except Exception as error:  # orbax and tensorstore have many kinds of them
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            what = f"it does not fit config.yaml, or a file of it was changed ({why})"
+            raise _damaged(self._run, step, what) from error
+
+    @contextlib.contextmanager
+    def _full_disks(self) -> Iterator[None]:
+        """Says what a failed save means. The save runs in threads of orbax, with errors of many kinds."""
+        try:
+            yield
+        except Exception as error:
+            if not self._run.is_dir():
+                raise FileError(f"{self._run} was removed while its training ran") from error
+            if any(word in str(error) for word in _FULL):
+                raise disk_full(self._folder) from error
+            raise
 
 
 def _standard(abstract: Any) -> Any:

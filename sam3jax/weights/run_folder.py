@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,13 +18,31 @@ from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import make_folder, write_text
 from sam3jax.model import Sam3
 from sam3jax.weights.base import Base, open_base
-from sam3jax.weights.checkpoints import Checkpoints, newest_about
+from sam3jax.weights.checkpoints import Checkpoints, newest_about, refuse_old
+from sam3jax.weights.lock import LOCK, RunLock, held
 from sam3jax.weights.trainable import merge, start
 from sam3jax.weights.tree import Tree, dotted
 
 CONFIG = "config.yaml"
-# What a run may change when it continues; anything else would make it another run.
-MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "keep", "evaluation", "output", "resume"}  # fmt: skip
+# What a run may change when it continues; anything else would make it another run. The base and the data may
+# lie elsewhere: fingerprints tell whether they are the same.
+MAY_CHANGE = {
+    "steps", "eval_every", "save_every", "save_minutes", "log_every", "keep", "max_skipped", "evaluation", "output",
+    "resume", "id", "init", "data.train", "data.valid", "data.workers", "data.max_megapixels", "data.allow_outside",
+}  # fmt: skip
+
+
+class RunFolder(NamedTuple):
+    """A run folder that is being trained into. The first process alone has the run's id, and the lock."""
+
+    path: Path
+    id: str | None
+    lock: RunLock | None
+
+    def check(self) -> None:
+        """Raises FileError where the folder is no longer there."""
+        if self.lock is not None:
+            self.lock.check()
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,7 @@ def open_run_base(path: str | Path) -> Base:
         raise ConfigError(
             f"{path} is no run folder: expected {CONFIG}, written by python -m sam3jax.train"
         )
-    newest_about(Path(path))  # a run of version 0.1 is refused for what it is, not for its settings
+    refuse_old(Path(path))  # a run of version 0.1 is refused for what it is, not for its settings
     return open_base(load_config(file))
 
 
@@ -68,8 +90,9 @@ def read_run(path: str | Path, *, step: int | None = None) -> Run:
         step = step if step is not None else checkpoints.best()
         if step is None:
             raise ConfigError(f"{path} has no checkpoint yet: train it, or give another run")
+        about = checkpoints.about(step, config.id)
         weights = base.load()
-        check_base(path, config, checkpoints.about(step)["base"], weights.fingerprint)
+        check_base(path, config, about["base"], weights.fingerprint)
         trainable, frozen = start(weights.params, config)
         trained = checkpoints.weights(step, trainable)
         validation = checkpoints.validation(step) or {}
@@ -92,48 +115,66 @@ def check_base(path: Path, config: Config, began: str, found: str) -> None:
         )
 
 
-def open_run_folder(config: Config, fingerprint: str) -> Path:
+@contextlib.contextmanager
+def open_run_folder(config: Config, fingerprint: str) -> Iterator[RunFolder]:
     """Make the run folder, or check that the one there may be continued with these base weights.
 
-    The first process does; the others wait for its word. Raises ConfigError where the folder holds a
-    run that `config` does not continue, FileError where it cannot be written to.
+    The first process does, and holds the folder's lock; the others wait for its word. Raises ConfigError
+    where the folder is in use or holds a run that `config` does not continue, FileError where it cannot be
+    written to.
     """
-    path, wrong = Path(config.output), None
-    if jax.process_index() == 0:
-        try:
-            _open_run_folder(path, config, fingerprint)
-        except ValueError as error:
-            wrong = error
-    if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.array(wrong is not None))
-        if failed and wrong is None:
-            wrong = ConfigError(f"{path} cannot be used; the first process says why")
-    if wrong is not None:
-        raise wrong
-    return path
+    path, wrong, identity = Path(config.output), None, None
+    with contextlib.ExitStack() as ending:
+        lock = None
+        if jax.process_index() == 0:
+            try:
+                _refuse_foreign(path)
+                lock = ending.enter_context(held(make_folder(path)))
+                identity = _open_run_folder(path, config, fingerprint)
+            except (ValueError, OSError) as error:
+                wrong = error
+        if jax.process_count() > 1:
+            failed = multihost_utils.broadcast_one_to_all(np.array(wrong is not None))
+            if failed and wrong is None:
+                wrong = ConfigError(f"{path} cannot be used; the first process says why")
+        if wrong is not None:
+            raise wrong
+        yield RunFolder(path, identity, lock)
 
 
-def _open_run_folder(path: Path, config: Config, fingerprint: str) -> None:
-    file = path / CONFIG
-    saved = newest_about(path) if file.is_file() else None
-    if file.is_file() and not config.resume:
+def _refuse_foreign(path: Path) -> None:
+    if (path / CONFIG).is_file() or not path.is_dir():
+        return
+    if any(entry.name != LOCK for entry in path.iterdir()):
+        raise ConfigError(f"{path} is not empty and no run folder: give another output")
+
+
+def _open_run_folder(path: Path, config: Config, fingerprint: str) -> str:
+    """Write config.yaml; returns the run's identity."""
+    file, identity = path / CONFIG, None
+    if file.is_file() and config.resume == "false":
         raise ConfigError(
             f"{path} holds a run already and resume is false: give another output, or remove the folder"
         )
-    if saved is not None:
-        old, new = (dotted(c.model_dump(mode="json")) for c in (load_config(file), config))
-        changed = [
-            f"{k} {old.get(k)} -> {v}"
-            for k, v in new.items()
-            if old.get(k) != v and k.split(".")[0] not in MAY_CHANGE
-        ]
-        if changed:
+    if file.is_file() and (saved := newest_about(path)) is not None:
+        before = load_config(file)
+        if changed := _changes(before, config):
             raise ConfigError(
                 f"{path} holds a run with other settings ({'; '.join(changed)}): give another output, or "
                 "take the settings back to continue it"
             )
         check_base(path, config, saved["base"], fingerprint)
-    elif not file.is_file() and path.is_dir() and any(path.iterdir()):
-        raise ConfigError(f"{path} is not empty and no run folder: give another output")
-    make_folder(path)
-    write_text(file, dump_config(config))
+        identity = before.id
+    identity = identity or secrets.token_hex(8)
+    write_text(file, dump_config(config.model_copy(update={"id": identity})))
+    return identity
+
+
+def _changes(before: Config, now: Config) -> list[str]:
+    """Settings that differ and would make it another run, as `key old -> new`."""
+    old, new = (dotted(c.model_dump(mode="json")) for c in (before, now))
+    return [
+        f"{key} {old.get(key)} -> {value}"
+        for key, value in new.items()
+        if old.get(key) != value and not {key, key.split(".")[0]} & MAY_CHANGE
+    ]

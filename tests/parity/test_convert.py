@@ -254,10 +254,11 @@ def run_folder(path: Path, base: Path, **settings) -> dict:
     rng = np.random.default_rng(8)
     moved = lambda x: np.asarray(x) + 0.05 * rng.normal(size=x.shape).astype(np.float32)
     trainable = jax.tree.map(moved, trainable)
-    open_run_folder(started.config, weights.fingerprint)
-    saved = Checkpoints(path, keep=1)
-    saved.save(0, trainable, {"step": np.array(0)}, {"base": weights.fingerprint})
-    saved.close()
+    with open_run_folder(started.config, weights.fingerprint) as opened:
+        saved = Checkpoints(path, keep=1)
+        about = {"run": opened.id, "step": 0, "base": weights.fingerprint, "data": {}}
+        saved.save(0, trainable, {"step": np.array(0)}, about)
+        saved.close()
     return merge(trainable, frozen)
 
 

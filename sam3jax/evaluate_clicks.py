@@ -1,0 +1,73 @@
+"""The half of `evaluate` for runs of the task clicks: every object, click by click."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from sam3jax.config import Config
+from sam3jax.data.click_loader import with_objects
+from sam3jax.data.datasets import read_dataset_of, read_datasets
+from sam3jax.data.ledger import DataError
+from sam3jax.data.records import Dataset
+from sam3jax.evaluation.click_report import print_clicks
+from sam3jax.files import make_folder
+from sam3jax.tasks.clicks import Clicks, ClicksData
+from sam3jax.training.mesh import backend_of, local_mesh, put_replicated
+from sam3jax.weights.run_folder import Run
+
+
+def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate as the options say, write evaluation.json, clicks.json and panels; returns the first.
+
+    Raises DataError.
+    """
+    if options.probe is not None:
+        raise DataError("--probe is for runs on phrases: give the second data set to --data")
+    config = _whole(run.config, options.clicks)
+    dataset = _dataset(config, options.data, options.split)
+    mesh = local_mesh()
+    task = Clicks(config, backend_of(mesh))
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    validate = task.validation(ClicksData(dataset, dataset), mesh, **process)
+    assert validate is not None
+
+    def ask(variables: Mapping[str, Any]):
+        _, kept = task.prepare({}, dict(variables), ClicksData(dataset, dataset))
+        return validate(put_replicated(kept, mesh), None)
+
+    found = ask(run.base_variables if options.base else run.variables)
+    before = ask(run.base_variables) if options.compare else None
+    output = make_folder(options.output or run.path)
+    which = "base" if options.base else "tuned"
+    found.write(output, before, {"run": str(run.path), "step": run.step, "weights": which})
+    for name, panel in found.panels():
+        panel.save(make_folder(output / "clicks") / f"{name}.png")
+    return print_clicks(output / "evaluation.json")
+
+
+def _whole(config: Config, clicks: int | None) -> Config:
+    """All batches, and as many clicks as asked for."""
+    budget = config.clicks.valid_clicks if clicks is None else clicks
+    return config.model_copy(
+        update={
+            "evaluation": config.evaluation.model_copy(update={"batches": None}),
+            "clicks": config.clicks.model_copy(update={"valid_clicks": budget}),
+        }
+    )
+
+
+def _dataset(config: Config, data: str | None, split: str | None) -> Dataset:
+    """What the options name; by default the run's own validation data."""
+    own = config.data
+    if data is not None:
+        return with_objects(read_dataset_of(config, data, split or own.valid_split))
+    if split not in (None, own.valid_split):
+        return with_objects(read_dataset_of(config, own.train or "", split or own.train_split))
+    dataset = read_datasets(config)[1]
+    if dataset is None:
+        raise DataError("the run has no validation data: give --data, or --split train")
+    return with_objects(dataset)

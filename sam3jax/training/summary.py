@@ -1,0 +1,33 @@
+"""summary.json: what a run came to. With the report behind it, it says that the run is finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sam3jax.files import write_json
+from sam3jax.viewing.report import write_report
+
+
+def finish(run: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, then report.html, which shows it."""
+    write_json(run / "summary.json", summary)
+    write_report(run)
+
+
+def finished(run: Path, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that ended after so many steps, or more; None where it has more to do."""
+    summary, report = run / "summary.json", run / "report.html"
+    try:
+        if report.stat().st_mtime_ns < summary.stat().st_mtime_ns:
+            return None
+        found = json.loads(summary.read_text())
+        return found if found["steps"] >= steps else None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # not there, or not whole: it is written again
+        return None

@@ -1,0 +1,114 @@
+"""Masks from clicks, boxes and masks, in a notebook or behind the command.
+
+predictor = ClickPredictor.from_run("runs/clicks")
+predictor.set_image("photograph.jpg")
+found = predictor.predict(points=[[120, 80]], labels=[1])     # three masks: pick the best `ious`
+best = found.logits[:, found.ious[0].argmax()]
+found = predictor.predict(points=[[120, 80], [40, 60]], labels=[1, 0], mask=best, multimask=False)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from sam3jax.data import transforms
+from sam3jax.inference.clicking import Answers, Variables, decode, encode_picture
+from sam3jax.model import Interactive
+from sam3jax.types import ClickFeatures
+from sam3jax.viewing.click_prompts import prompted
+from sam3jax.viewing.draw import Instance, overlay
+from sam3jax.viewing.predictor import Picture, PromptError, as_rgb
+from sam3jax.weights.base import open_base
+from sam3jax.weights.model_folder import load_model_folder
+from sam3jax.weights.run_folder import read_run
+from sam3jax.weights.scope import CLICKS
+
+STABILITY_OFFSET = (
+    1.0  # how far the threshold moves in `Answers.stability`, as SAM's mask generator
+)
+
+
+class ClickPredictor:
+    """Answers prompts on one picture; the backbone runs once, in `set_image`."""
+
+    def __init__(self, model: Interactive, variables: Variables) -> None:
+        self._model = model
+        kept = {k: v for k, v in variables["params"].items() if k in (CLICKS.reads or ())}
+        self._variables = jax.tree.map(jnp.asarray, {**variables, "params": kept})
+        self._features: ClickFeatures | None = None
+        self.picture: Image.Image | None = None
+
+    @classmethod
+    def from_run(cls, path: str | Path, *, base: bool = False) -> ClickPredictor:
+        """From a run folder; base: the model that the run started from.
+
+        A run of another task has no heads of its own: those of the model below it are taken.
+        """
+        run = read_run(path)
+        variables = dict(run.base_variables if base else run.variables)
+        if "mask_decoder" not in variables["params"]:
+            below = open_base(run.config.model_copy(update={"task": "clicks"})).load().params
+            variables["params"] = {**below, **variables["params"]}
+        return cls(Interactive(run.config.model), variables)
+
+    @classmethod
+    def from_model_folder(cls, path: str | Path) -> ClickPredictor:
+        """The model as `sam3jax convert` wrote it, not tuned. Raises FileError where it has no heads."""
+        config, params, _ = load_model_folder(path, dtype=np.float32, parts=CLICKS.parts)
+        return cls(Interactive(config), {"params": params})
+
+    def set_image(self, picture: Picture) -> None:
+        """A file, a PIL picture, or an array [Y, X, 3] or [Y, X] of uint8. Raises DataError."""
+        self.picture = as_rgb(picture)
+        size = self._model.config.image_size
+        transform = transforms.square(*self.picture.size, size)
+        pixels = transforms.move_picture(transform, np.asarray(self.picture))[None]
+        self._features = encode_picture(self._model, self._variables, pixels)
+
+    def predict(
+        self,
+        points: Sequence[Any] | np.ndarray | None = None,
+        labels: Sequence[Any] | np.ndarray | None = None,
+        boxes: Sequence[Any] | np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        multimask: bool = True,
+    ) -> Answers:
+        """Masks of one object, or of B at once, each answered as if it were alone.
+
+        points: [A, 2] x, y in the picture's pixels, or a list of such, one for each object, of any
+        lengths; labels: 1 inside, 0 outside, default inside. boxes: left, top, width, height. mask:
+        logits of an earlier answer, [4g, 4g] or one for each object. multimask: three masks, for a
+        prompt that may mean several things; else one. Raises PromptError.
+        """
+        picture, c = self.picture, self._model.config
+        if picture is None or self._features is None:
+            raise PromptError("no picture yet: call set_image first")
+        asked = prompted(
+            points, labels, boxes, mask,
+            width=picture.width, height=picture.height, size=c.image_size, grid=c.grid,
+        )  # fmt: skip
+        return decode(
+            self._model, self._variables, self._features, asked, (picture.height, picture.width),
+            multimask=multimask, offset=STABILITY_OFFSET,
+        )  # fmt: skip
+
+    def draw(
+        self, masks: np.ndarray, points: Sequence[Any] = (), labels: Sequence[Any] | None = None
+    ) -> Image.Image:
+        """The picture with masks [B, Y, X], clicks inside in green and outside in red."""
+        if self.picture is None:
+            raise PromptError("no picture yet: call set_image first")
+        kinds = [1] * len(points) if labels is None else labels
+        clicks = tuple(
+            (float(x), float(y), bool(k)) for (x, y), k in zip(points, kinds, strict=True)
+        )
+        shown = [Instance("", (0, 0, 0, 0), m, number=k) for k, m in enumerate(masks)]
+        marks = Instance("", (0, 0, 0, 0), clicks=clicks)
+        return overlay(self.picture, [*shown, marks])

@@ -1,0 +1,139 @@
+"""Prompts of people: what cannot be asked is named; answers do not depend on neighbours or padding."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3jax import predict
+from sam3jax.viewing.click_predictor import ClickPredictor
+from sam3jax.viewing.click_prompts import prompted
+from sam3jax.viewing.everything import GridOptions, crop_boxes, everything, without_doubles
+from sam3jax.viewing.predictor import PromptError
+
+WIDTH, HEIGHT, SIZE, GRID = 120, 80, 168, 12
+
+
+def ask(points=None, labels=None, boxes=None, mask=None):
+    return prompted(points, labels, boxes, mask, width=WIDTH, height=HEIGHT, size=SIZE, grid=GRID)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, "nothing is asked"),
+        ({"points": []}, "no point"),
+        ({"points": [[[5, 5]], []]}, "no point"),
+        ({"points": [[5, 5, 5]]}, r"expected x, y"),
+        ({"points": [["a", "b"]]}, "numbers"),
+        ({"points": [[120, 5]]}, "point 120, 5 lies outside the picture, which is 120 x 80"),
+        ({"points": [[5, -1]]}, "lies outside"),
+        ({"points": [[5, 5]], "labels": [7]}, "label 7: 1 is inside"),
+        ({"points": [[5, 5]], "labels": [-1]}, "label -1"),
+        ({"points": [[5, 5]], "labels": [float("nan")]}, "label nan"),
+        ({"points": [[5, 5]], "labels": [1, 0]}, "1 points but 2 labels"),
+        ({"points": [[[5, 5]], [[6, 6]]], "labels": [[1]]}, "2 objects .* labels of 1"),
+        ({"labels": [1]}, "labels without points"),
+        ({"points": [[float("nan"), 5]]}, "is no place"),
+        ({"points": [[float("inf"), 5]]}, "is no place"),
+        ({"points": [[0.4, 0.5], [0.2, 0.9]]}, "shares of the picture"),
+        ({"boxes": [5, 5, 0, 5]}, "no area"),
+        ({"boxes": [500, 5, 10, 5]}, "outside the picture"),
+        ({"boxes": [5, 5, 10]}, "four numbers"),
+        ({"points": [[[5, 5]], [[6, 6]]], "boxes": [[5, 5, 9, 9]]}, "as many of each"),
+        ({"mask": np.zeros((80, 120))}, "expected the logits of an earlier answer, 48 x 48"),
+        ({"mask": np.zeros((48, 48), bool)}, "yes and no"),
+        ({"mask": np.full((48, 48), np.nan)}, "no number"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_named(asked, words):
+    with pytest.raises(PromptError, match=words):
+        ask(**asked)
+
+
+def test_prompts_as_the_model_reads_them():
+    found = ask([[[60, 40]], [[0, 0], [119, 79], [30, 20]]], [[1], [0, 1, 1]])
+    np.testing.assert_array_equal(found.labels, [[1, -2, -2, -2, -1], [0, 1, 1, -2, -1]])
+    np.testing.assert_allclose(found.points[0, 0], [84, 84])
+    found = ask(boxes=[[30, 20, 60, 40]])
+    np.testing.assert_array_equal(found.labels, [[2, 3, -2, -2, -1]])
+    np.testing.assert_allclose(found.points[0, :2], [[42, 42], [126, 126]])
+    found = ask(mask=np.ones((48, 48)))  # alone: no token, as published
+    assert found.labels.tolist() == [[-2]]
+    assert found.has_mask.all()
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return ClickPredictor.from_model_folder("shipped:tiny_shapes")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A red disc and a blue square, 120 x 80."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    pixels = np.full((HEIGHT, WIDTH, 3), 235, np.uint8)
+    pixels[(x - 30) ** 2 + (y - 40) ** 2 < 20**2] = (220, 30, 30)
+    pixels[(abs(x - 85) < 18) & (abs(y - 40) < 18)] = (30, 60, 210)
+    return Image.fromarray(pixels)
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_a_click_finds_the_object_under_it_and_an_answer_is_its_own(predictor, picture):
+    with pytest.raises(PromptError, match="call set_image first"):
+        ClickPredictor(predictor._model, predictor._variables).predict(points=[[1, 1]])
+    predictor.set_image(picture)
+    pixels = np.asarray(picture).astype(int)
+    disc, square = pixels[..., 0] - pixels[..., 2] > 90, pixels[..., 2] - pixels[..., 0] > 90
+    alone = predictor.predict(points=[[30, 40]])
+    assert alone.masks.shape == (1, 3, HEIGHT, WIDTH)
+    assert alone.logits.shape == (1, 3, 48, 48)
+    assert iou(alone.masks[0, alone.ious[0].argmax()], disc) > 0.75
+    three = predictor.predict(points=[[[85, 40]], [[30, 40]], [[85, 40], [30, 40], [5, 5]]], labels=[[1], [1], [1, 0, 0]])  # fmt: skip
+    assert iou(three.masks[0, three.ious[0].argmax()], square) > 0.75
+    np.testing.assert_allclose(three.logits[1], alone.logits[0], atol=1e-4)
+    np.testing.assert_allclose(three.ious[1], alone.ious[0], atol=1e-5)
+    again = predictor.predict(points=[[30, 40]], mask=alone.logits[0, 0], multimask=False)
+    assert again.masks.shape == (1, 1, HEIGHT, WIDTH)
+
+
+def test_everything_is_found_once_in_coco_form(predictor, picture):
+    found = everything(predictor, picture, GridOptions(side=6, iou=0.6, stability=0.6))
+    assert found
+    for record in found:
+        assert record["score"] >= 0.6
+        assert record["segmentation"]["size"] == [HEIGHT, WIDTH]
+        assert record["area"] > 0
+    assert [r["score"] for r in found] == sorted((r["score"] for r in found), reverse=True)
+    doubles = [dict(r, score=r["score"] / 2) for r in found]
+    assert without_doubles([*doubles, *found], 0.7) == found
+
+
+def test_crops_cover_the_picture():
+    boxes = crop_boxes(120, 80, GridOptions(crops=2))
+    assert len(boxes) == 1 + 4 + 16
+    for layer in (boxes[1:5], boxes[5:]):
+        seen = np.zeros((80, 120), bool)
+        for left, top, right, bottom in layer:
+            assert 0 <= left < right <= 120
+            assert 0 <= top < bottom <= 80
+            seen[top:bottom, left:right] = True
+        assert seen.all()
+
+
+def test_the_command_clicks(tmp_path, picture, capsys):
+    picture.save(tmp_path / "p.png")
+    base = [str(tmp_path / "p.png"), "--model", "shipped:tiny_shapes", "--output", str(tmp_path / "out")]  # fmt: skip
+    assert predict.main([*base, "--points", "30,40,1", "5,5,0", "--points", "85,40"]) == 0
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(record["annotations"]) == 2
+    assert (tmp_path / "out" / "0001_p.png").is_file()
+    assert predict.main([*base, "--points", "300,40,1"]) == 2
+    assert "point 300, 40 lies outside the picture" in capsys.readouterr().err
+    assert predict.main([*base, "--points", "30,40,7"]) == 2
+    assert "label 7" in capsys.readouterr().err
+    assert predict.main([*base, "--points", "30,40", "--everything"]) == 2

@@ -1,0 +1,232 @@
+"""The task `clicks`: one update on one device and on eight, a run folder, a run that is killed."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from sam3jax import train
+from sam3jax.config import ConfigError, load_config, parse_config
+from sam3jax.model.init import init_params
+from sam3jax.tasks.clicks import Clicks
+from sam3jax.training.mesh import make_mesh, put_batch, put_replicated
+from sam3jax.training.state import init_state
+from sam3jax.training.step import make_train_step
+from sam3jax.types import ClickBatch
+from sam3jax.weights.base import open_base
+from sam3jax.weights.scope import CLICKS
+from sam3jax.weights.trainable import start
+from sam3jax.weights.tree import flatten
+from tests.batches import SMALL_MODEL
+from tests.coco_folders import write_small_shapes
+
+MODEL = {**SMALL_MODEL, "mask_decoder_ffn": 32, "mask_decoder_iou_hidden": 16}
+# Objects of each picture: unequal over devices, one picture has none.
+OBJECTS = (1, 3, 0, 2, 3, 3, 1, 2)
+STEPS = 4
+
+
+def config_of(**changes):
+    clicks = {"rounds": 1, "mask_resolution": "prediction", **changes.pop("clicks", {})}
+    return parse_config(
+        {"task": "clicks", "model": MODEL, "batch_size": 8, "clicks": clicks, **changes}
+    )
+
+
+def random_batch(config) -> ClickBatch:
+    """Discs on noise."""
+    rng = np.random.default_rng(0)
+    i, k, size = len(OBJECTS), max(OBJECTS), config.model.image_size
+    y, x = np.mgrid[:size, :size]
+    centre, radius = rng.uniform(20, size - 20, (2, i, k, 1, 1)), rng.uniform(6, 20, (i, k, 1, 1))
+    masks = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2
+    return ClickBatch(
+        images=rng.integers(0, 256, (i, size, size, 3), np.uint8),
+        masks=np.packbits(masks, -1),
+        valid=np.arange(k) < np.array(OBJECTS)[:, None],
+        points=np.zeros((i, k, 0, 2), np.float32),
+        labels=np.zeros((i, k, 0), np.int32),
+        image_valid=np.arange(i) != 6,
+        image_id=np.arange(i, dtype=np.int32),
+        luck=rng.integers(0, 2**32, i, np.uint32),
+    )
+
+
+def random_params(config):
+    """A quieter neck: with full noise one bit of one weight moves the gradient by a ten-thousandth."""
+    params = init_params(config.model, 0, CLICKS.parts)
+    return params | {"tracker_neck": jax.tree.map(lambda x: 0.2 * x, params["tracker_neck"])}
+
+
+def compiled(config, devices: int):
+    """update(batch) -> (gradients by path, metrics) of one step of plain descent of rate 1."""
+    mesh = make_mesh(jax.devices()[:devices])
+    task = Clicks(config)
+    trainable, frozen = start(random_params(config), config)
+    prepared, rest = task.prepare(trainable, frozen, None)
+    rest = put_replicated(rest, mesh)
+    step = make_train_step(task, optax.sgd(1.0), mesh, seed=0)
+
+    def update(batch):
+        state = put_replicated(init_state(trainable, optax.sgd(1.0), False), mesh)
+        state, metrics = step(state, rest, prepared, put_batch(batch, task.batch_spec, mesh))
+        new = jax.device_get(state.trainable)
+        return flatten(jax.tree.map(np.subtract, trainable, new)), jax.device_get(metrics)
+
+    return update
+
+
+@pytest.fixture(scope="module")
+def update():
+    return compiled(config_of(), 1)
+
+
+@pytest.fixture(scope="module")
+def one_device(update):
+    return update(random_batch(config_of()))
+
+
+def test_eight_devices_equal_one(one_device):
+    """Loss, terms and gradients, and so every click: a picture's luck is its own wherever it lies."""
+    config = config_of()
+    gradient, metrics = compiled(config, 8)(random_batch(config))
+    want, told = one_device
+    assert told["loss"] > 1
+    for name, value in told.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    norm = optax.tree.norm(want)
+    assert norm > 0.1
+    for path, g in want.items():
+        # A norm behind a layer makes its gradient cancel: the last bits of the weights, drawn anew, move
+        # such tensors by 2e-5 of themselves on one device. Beside the whole gradient that is nothing.
+        size = max(np.linalg.norm(g), 0.1 * norm)
+        assert np.linalg.norm(gradient[path] - g) <= 1e-5 * size, path
+
+
+def test_padding_is_worth_nothing_and_luck_is_worth_something(update, one_device):
+    batch = random_batch(config_of())
+    masks = np.where(batch.valid[..., None, None], batch.masks, 255).astype(np.uint8)
+    masks[6] = 255
+    _, metrics = update(batch.replace(masks=masks))
+    assert metrics["loss"] == one_device[1]["loss"]
+    _, metrics = update(batch.replace(luck=batch.luck + np.uint32(1)))
+    assert metrics["loss"] != one_device[1]["loss"]
+
+
+def test_only_what_clicks_read_is_trained(one_device):
+    config = config_of()
+    roots = {path[1] for path in one_device[0]}
+    assert roots == {"tracker_neck", "prompt_encoder", "mask_decoder", "no_mem_embed"}
+    changed = config.model_copy(update={"trainable": ("transformer.decoder.*",)})
+    with pytest.raises(ConfigError, match="matches no layer"):
+        start(random_params(config), changed)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_small_shapes(tmp_path_factory.mktemp("data"), train=12, valid=5)
+
+
+def arguments(data, output, **changes):
+    settings = {
+        "task": "clicks", "output": output, "data.train": data, "steps": STEPS, "batch_size": 4,
+        "eval_every": 2, "save_every": 2, "log_every": 1, "optim.learning_rate": 1e-2, "data.flip": True,
+        "optim.warmup_steps": 1, "evaluation.panels": 1, "evaluation.batch_size": 3, "clicks.rounds": 1,
+        "clicks.valid_clicks": 3, "clicks.objects": 2, "clicks.mask_resolution": "prediction",
+        **{f"model.{k}": v for k, v in MODEL.items()}, **changes,
+    }  # fmt: skip
+    return [f"{k}={v}" for k, v in settings.items()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device_a_run():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train.main(arguments(data, run)) == 0
+    return run
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+def test_a_run_folder_holds_what_it_should(undisturbed):
+    assert sorted(losses(undisturbed)) == [1, 2, 3, 4]
+    assert {p.name for p in undisturbed.glob("predictions/*/*.png")} == {"0.png"}
+    evaluation = json.loads((undisturbed / "evaluation.json").read_text())
+    assert {"clicks/mIoU@1", "clicks/mIoU@3", "clicks/NoC@85", "clicks/boundary_F"} <= set(
+        evaluation["metrics"]
+    )
+    assert len(evaluation["mIoU_by_click"]) == 3
+    objects = json.loads((undisturbed / "clicks.json").read_text())
+    assert len(objects) == evaluation["metrics"]["clicks/objects"]
+    means = np.mean([o["ious"] for o in objects], 0)
+    np.testing.assert_allclose(means, evaluation["mIoU_by_click"], atol=1e-6)
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["final"]["clicks/mIoU@1"] >= 0
+
+
+def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monkeypatch):
+    run, none = tmp_path / "killed", {"evaluation.panels": 0}
+    put, seen = train.put_batch, []
+
+    class Killed(Exception):
+        pass
+
+    def put_or_die(*values):
+        seen.append(1)
+        if len(seen) == 4:
+            raise Killed
+        return put(*values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "put_batch", put_or_die)
+        with pytest.raises(Killed):
+            train.main(arguments(data, run, **none))
+    assert max(losses(run)) < STEPS
+    assert train.main(arguments(data, run, **none)) == 0
+    assert not list(run.glob("predictions/*/*.png"))
+    assert losses(run) == losses(undisturbed)
+    for name in ("evaluation.json", "clicks.json"):
+        before, after = (json.loads((r / name).read_text()) for r in (undisturbed, run))
+        if name == "evaluation.json":
+            before, after = before["metrics"], after["metrics"]
+        assert before == after
+
+
+def test_a_run_of_clicks_starts_from_a_run_of_clicks(undisturbed, data, tmp_path):
+    before = load_config(undisturbed / "config.yaml")
+    config = parse_config({**before.model_dump(mode="json"), "init": str(undisturbed)})
+    first = open_base(before).load().params
+    weights = open_base(config).load().params
+    assert flatten(weights).keys() == flatten(first).keys()
+    moved = {p[0] for p, x in flatten(weights).items() if not np.array_equal(x, flatten(first)[p])}
+    assert moved == {"tracker_neck", "prompt_encoder", "mask_decoder", "no_mem_embed"}
+
+
+def test_tuned_heads_survive_a_training_of_the_detector(undisturbed, data, tmp_path):
+    """Phrases behind clicks behind phrases: each run holds its own parts, an export all of them."""
+    before = load_config(undisturbed / "config.yaml")
+    clicked = open_base(parse_config({**before.model_dump(mode="json"), "init": str(undisturbed)})).load().params  # fmt: skip
+    detect = {"task": "detect", "init": str(undisturbed), "model": before.model.model_dump(mode="json")}  # fmt: skip
+    weights = open_base(parse_config(detect)).load().params
+    assert "mask_decoder" not in weights
+    run = tmp_path / "phrases"
+    chosen = ["transformer.decoder.layers.0.linear1.*"]
+    settings = {"task": "detect", "init": undisturbed, "trainable": chosen, "lora.enabled": False, "eval_every": 0}  # fmt: skip
+    no_valid = {"data.limit": 4, "steps": 1, "save_every": 1, "evaluation.batches": 1}
+    keep = arguments(data, run, **settings, **no_valid)
+    assert train.main([k for k in keep if not k.startswith(("clicks.", "model."))]) == 0
+    again = open_base(parse_config({**before.model_dump(mode="json"), "init": str(run)})).load().params  # fmt: skip
+    for path, want in flatten(clicked).items():
+        if path[0] in ("mask_decoder", "tracker_neck", "vit"):
+            np.testing.assert_array_equal(flatten(again)[path], want)
