@@ -9,7 +9,10 @@ from typing import Any
 
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
+
+# Made by protobuf when it is imported, where no type checker sees it.
+Event, SessionLog = (getattr(event_pb2, name) for name in ("Event", "SessionLog"))
 
 
 class Board:
