@@ -166,7 +166,7 @@ class StepLog:
 
 def _as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     found: Any = jax.device_get(dict(metrics))
-    return {name: float(value) for name, value in found.items()}
+    return {name: np.asarray(value).item() for name, value in found.items()}
 
 
 def _is_kept(line: str, last: Mapping[str, int]) -> bool:
