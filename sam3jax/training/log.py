@@ -157,7 +157,7 @@ class StepLog:
             self._skipped(step, values)
         finally:
             if not step % config.log_every or step in (1, config.steps):
-                values["rate"] = float(self._schedule(step))
+                values["rate"] = np.asarray(self._schedule(step)).item()
                 if (seconds := self.timer.median(recent=50)) is not None:
                     values["images_per_second"] = config.batch_size / seconds
                     values["seconds_left"] = (config.steps - step) * seconds
