@@ -131,7 +131,7 @@ class StepLog:
     ) -> None:
         self.timer = Timer()
         self._log, self._config, self._skipped = log, config, skipped
-        self._schedule = learning_rate(config.optim, config.steps)
+        self._schedule: Callable[[int], Any] = learning_rate(config.optim, config.steps)
         self._pending: tuple[int, Any] | None = None
 
     def add(self, step: int, metrics: Any) -> None:
