@@ -23,9 +23,11 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 
     raise SystemExit(door("evaluate"))
 
+from sam3jax.config import Config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.pictures import DataError
+from sam3jax.data.video_sets import frames_named
 from sam3jax.errors import exit_status, plain
 from sam3jax.evaluate_clicks import evaluate_clicks
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
@@ -38,6 +40,7 @@ from sam3jax.weights.base import is_run_folder
 from sam3jax.weights.run_folder import Run, read_run
 
 COMMANDS = {"clicks": evaluate_clicks}  # of tasks that are not about phrases
+DATA = {"clips": frames_named}  # of tasks whose pictures are not a picture data set
 _WORSE = 0.05  # of AP50: more than luck
 
 
@@ -53,7 +56,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _evaluate_phrases(run: Run, options: argparse.Namespace) -> None:
-    dataset = _dataset(run, options.data, options.split)
+    named = DATA.get(run.config.task, _dataset)
+    dataset = named(run.config, options.data, options.split)
     _print(evaluate_command(run, dataset, options))
 
 
@@ -88,14 +92,14 @@ def _output(run: Run, output: str | None) -> Path:
     return make_folder(folder)
 
 
-def _dataset(run: Run, data: str | None, split: str | None) -> Dataset:
+def _dataset(config: Config, data: str | None, split: str | None) -> Dataset:
     """What the options name; by default the run's own validation data."""
-    own = run.config.data
+    own = config.data
     if data is not None:
-        return open_dataset(run.config, data, split or own.valid_split)
+        return open_dataset(config, data, split or own.valid_split)
     if split not in (None, own.valid_split):
-        return open_dataset(run.config, own.train or "", split or own.train_split)
-    dataset = open_datasets(run.config)[1]
+        return open_dataset(config, own.train or "", split or own.train_split)
+    dataset = open_datasets(config)[1]
     if dataset is None:
         raise DataError("the run has no validation data: give --data, or --split train")
     return dataset

@@ -61,6 +61,21 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
     return train, valid, lines
 
 
+def frames_named(config: Config, path: str | None, split: str | None) -> Dataset:
+    """The annotated frames of the videos that `path` and `split` name; by default the validation's.
+
+    Raises DataError.
+    """
+    data = config.data
+    if path is None and split in (None, data.valid_split):
+        _, valid, _ = open_videos(config)
+        if valid is None:
+            raise DataError("the run has no validation data: give --data, or --split train")
+        return pictures_of(valid)
+    own = data.train_split if path is None else data.valid_split
+    return pictures_of(_read(config, path or data.train or "", split or own))
+
+
 def sampling_of(config: Config) -> Sampling:
     """How clips are cut."""
     c = config.clips

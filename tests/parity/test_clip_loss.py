@@ -66,13 +66,13 @@ def test_terms_and_gradients_of_a_clip_equal_torch(name):
     task, batch = Clips(config), clip_batch(model, frames)
 
     @jax.jit
-    def step(params):
+    def step(params, batch):
         def loss(params):
             return task.loss({"params": params}, None, batch, task.count(batch), jax.random.key(0))
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (total, terms), grads = step(bridge.params(model, size))
+    (total, terms), grads = step(bridge.params(model, size), batch)
     assert float(total) == pytest.approx(want["core_loss"], rel=TERM)
     terms, compared = with_f1(terms), 0
     for key, value in want.items():
