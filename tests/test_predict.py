@@ -236,7 +236,7 @@ def test_overlays_and_coco_json_for_files_globs_and_equal_names(command, tmp_pat
         (["empty", "--phrase", "cat"], "no pictures: .*empty holds no picture"),
         (["nowhere.jpg", "--phrase", "cat"], "no pictures: .*nowhere.jpg does not exist"),
         (["*.jpg", "--phrase", "cat"], "matches no file"),
-        (["one.png"], "give --phrase, or --box"),
+        (["one.png"], "give --phrase, --box around an example, --points"),
         (["one.png", "--phrase", "word " * 40], "use fewer words"),
         (
             ["one.png", "--phrase", "cat", "--output", "one.png"],
