@@ -14,7 +14,7 @@ from sam3jax.data.coco import parse_coco
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.evaluation.ask import evaluate_dataset
 from sam3jax.inference.detector import Detector
-from sam3jax.predict import Predictor, PromptError
+from sam3jax.predict import Predictor, PromptError, find_pictures
 from sam3jax.viewing import predictor as predictor_module
 from tests.small_run import small_run
 
@@ -270,3 +270,12 @@ def test_a_box_outside_one_picture_fails_that_picture_only(command, tmp_path, ca
     assert [i["file_name"].endswith("wide.png") for i in record["images"]] == [True]
     with pytest.raises(SystemExit):
         command(tmp_path, "--box", "50,40,9")
+
+
+def test_what_a_file_manager_left_in_a_folder_is_no_picture(tmp_path):
+    for name in ("a.png", "._a.png", "__MACOSX/a.png", ".trash/b.png", "sub/c.png"):
+        file = tmp_path / ".photos" / name  # the folder that is asked for may be hidden itself
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    found = find_pictures([str(tmp_path / ".photos")])
+    assert [f.name for f in found] == ["a.png", "c.png"]
