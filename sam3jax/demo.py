@@ -9,7 +9,7 @@ neither has seen:
     phrases permuted    every concept asked by another one's name: it must not be found
     old concepts        what the base knew: it must not be forgotten
 
-Writes a run folder, in it demo.json and demo.png.
+Writes a run folder, in it demo.json and demo.png. `--video`: see `demo_video`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 from sam3jax.config import load_config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.shapes import shapes_dataset
+from sam3jax.demo_video import demo_video, print_results
 from sam3jax.errors import exit_status
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
 from sam3jax.inference.detector import Detector
-from sam3jax.options import parse
+from sam3jax.options import CLIPS_DEMO, DEMO, parse
 from sam3jax.train import train
 from sam3jax.training.mesh import local_mesh
 from sam3jax.viewing import draw
@@ -118,5 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    results = demo(options.config, options.overrides)
-    _print(results, Path(load_config(options.config, options.overrides).output))
+    run, show = (demo_video, print_results) if options.video else (demo, _print)
+    file = options.config or (CLIPS_DEMO if options.video else DEMO)
+    show(run(file, options.overrides), Path(load_config(file, options.overrides).output))

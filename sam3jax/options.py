@@ -127,7 +127,10 @@ def _report(parser: Parser) -> None:
 
 def _demo(parser: Parser) -> None:
     parser.description = "Teach the tiny SAM 3 of the package five concepts that it has never seen."
-    parser.add_argument("--config", default=DEMO, help=f"YAML file; default: {DEMO}")
+    parser.add_argument("--config", help=f"YAML file; default: {DEMO}, or {CLIPS_DEMO}")
+    parser.add_argument(
+        "--video", action="store_true", help="on videos: train on clips, then track"
+    )
     _add_settings(parser)
 
 
@@ -139,6 +142,7 @@ def _list_settings(parser: Parser) -> None:
 
 
 DEMO = "configs/demo.yaml"
+CLIPS_DEMO = "configs/clips.yaml"
 IMPORTS = ("yolo", "voc", "labelme", "cvat", "masks")  # sam3jax.data.importers
 PARSERS: dict[str, Callable[[Parser], None]] = {
     "train": _train,

@@ -25,6 +25,7 @@ FLOORS = (
     ("training",),
     ("predict_video", "predict_clicks", "evaluate_clicks"),  # the half of `predict` for films
     ("train", "evaluate", "predict", "doctor", "report", "settings"),
+    ("demo_video",),  # the half of `demo` for videos
     ("demo",),  # trains and evaluates
     ("cli",),
 )

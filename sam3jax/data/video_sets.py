@@ -61,6 +61,12 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
     return train, valid, lines
 
 
+def open_frames(config: Config) -> tuple[Dataset, Dataset | None]:
+    """`open_videos` as `pictures_of` each."""
+    train, valid, _ = open_videos(config)
+    return pictures_of(train), None if valid is None else pictures_of(valid)
+
+
 def frames_named(config: Config, path: str | None, split: str | None) -> Dataset:
     """The annotated frames of the videos that `path` and `split` name; by default the validation's.
 

@@ -160,7 +160,10 @@ def strips(
                 by_frame[p["image_id"]].append(p)
 
         def truth(number: int, records=records) -> list:
-            return true_instances(records[number], pictures.categories)
+            ids = [a.id for a in records[number].annotations if not a.iscrowd]
+            shown = true_instances(records[number], pictures.categories)
+            # One colour for an object in all frames.
+            return [replace(i, number=id % 64) for i, id in zip(shown, ids, strict=True)]
 
         def seen(number: int, records=records, by_frame=by_frame) -> list:
             return found_instances(by_frame[records[number].id], pictures.categories, threshold)

@@ -25,6 +25,7 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_datasets
 from sam3jax.data.describe import describe
 from sam3jax.data.pictures import DataError
+from sam3jax.data.video_sets import open_frames
 from sam3jax.files import write_text
 from sam3jax.viewing import draw
 from sam3jax.viewing.page import page
@@ -41,6 +42,8 @@ _TILES = ("segm/AP", "segm/AP50", "bbox/AP", "cgF1", "recall", "false_alarms")
 _COLUMNS = {"instances": "n", "AP": "AP", "AP50": "AP50", "AP75": "AP75", "precision": "precision",
             "recall": "recall", "F1": "F1", "false_alarms": "false alarms",
             "best_threshold": "best threshold"}  # fmt: skip
+
+_OPEN = {"clips": open_frames}  # of tasks whose pictures are not a picture data set
 
 Series = dict[str, list[tuple[float, float]]]
 
@@ -314,7 +317,8 @@ def _datasets(folder: Path) -> tuple[dict[str, Dataset], str]:
     if not file.is_file():
         return {}, ""
     try:
-        train, valid = open_datasets(load_config(file))
+        config = load_config(file)
+        train, valid = _OPEN.get(config.task, open_datasets)(config)
     except (DataError, ConfigError) as error:
         return {}, f"The data cannot be read any more: {error}"
     return {"train": train, **({"valid": valid} if valid is not None else {})}, ""
