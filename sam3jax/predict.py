@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3jax.data.folders import PICTURES
+from sam3jax.data.folders import PICTURES, is_hidden
 from sam3jax.data.names import phrase_key
 from sam3jax.data.pictures import DataError, open_rgb
 from sam3jax.data.prompts import VISUAL
@@ -48,7 +48,11 @@ def find_pictures(patterns: Iterable[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            files = [f for f in path.rglob("*") if f.suffix.lower() in PICTURES and f.is_file()]
+            files = [
+                f for f in path.rglob("*")
+                if f.suffix.lower() in PICTURES and f.is_file()
+                and not any(is_hidden(part) for part in (f, *f.parents) if path in part.parents)
+            ]  # fmt: skip
             what = "holds no picture (" + " ".join(sorted(PICTURES)) + ")"
         elif path.exists():
             files, what = [path], ""

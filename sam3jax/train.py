@@ -32,7 +32,7 @@ from sam3jax.training.mesh import (
     put_batch,
     put_replicated,
 )
-from sam3jax.training.optim import build_optimizer
+from sam3jax.training.optim import build_optimizer, schedule_warning
 from sam3jax.training.rates import count, multipliers
 from sam3jax.training.signals import Interruptions, stopped
 from sam3jax.training.skipped import SkippedSteps
@@ -91,6 +91,8 @@ def train(config: Config) -> dict[str, Any]:
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
         for line in task.describe(data):
             log.say(line)
+        if (warning := schedule_warning(config.optim, config.steps)) is not None:
+            log.say(warning)
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
         frozen = put_replicated(compact(frozen, config.model, backend_of(mesh)), mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)

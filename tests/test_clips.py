@@ -198,7 +198,7 @@ def test_batches_depend_on_their_number_alone(dataset):
         parts = [next(half) for half in halves]
         np.testing.assert_array_equal(np.concatenate([p.images for p in parts]), want.images)
         np.testing.assert_array_equal(np.concatenate([p.clip for p in parts]), want.clip)
-    with pytest.raises(DataError, match="made with frames 3, now it is 2"):
+    with pytest.raises(DataError, match="frames 3 -> 2"):
         loader_of(dataset, Sampling(2)).set_state(state)
 
 

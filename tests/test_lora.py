@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam3jax.config import Config, ConfigError, LoraConfig, ModelConfig
+from sam3jax.config import Config, ConfigError, LoraConfig, ModelConfig, OptimConfig
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
-from sam3jax.training.optim import build_optimizer, learning_rate
+from sam3jax.training.optim import build_optimizer, learning_rate, schedule_warning
 from sam3jax.training.rates import count, multipliers
 from sam3jax.weights.lora import init_lora, linear_layers, merge_lora
 from sam3jax.weights.trainable import merge, split
@@ -181,3 +181,12 @@ def test_everything_or_nothing_to_train_is_decided_at_the_start():
     trainable, frozen = split(small_params(config.model), {}, {}, config)
     assert set(trainable) == {"params"}
     assert not jax.tree.leaves(frozen)
+
+
+@pytest.mark.parametrize(("steps", "warmup", "said"), [(100, 99, False), (100, 100, True), (10, 200, True), (5, 0, False)])  # fmt: skip
+def test_a_warm_up_that_never_ends_is_said(steps, warmup, said):
+    config = OptimConfig(warmup_steps=warmup)
+    assert (schedule_warning(config, steps) is not None) == said
+    if said:
+        reached = float(learning_rate(config, steps)(steps))
+        assert reached <= config.learning_rate * steps / warmup * (1 + 1e-6)

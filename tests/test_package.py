@@ -95,5 +95,7 @@ def test_a_file_of_the_user_goes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.yaml", "elsewhere/demo.yaml", "/demo.yaml", "../demo.yaml", "demo.json", ""])  # fmt: skip
 def test_other_names_are_refused_with_the_list(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="or one of clicks, clicks_slices, demo, full_finetune"):
+    with pytest.raises(
+        ConfigError, match="or one of clicks, clicks_slices, clips, demo, full_finetune"
+    ):
         load_config(name)

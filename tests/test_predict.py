@@ -14,7 +14,7 @@ from sam3jax.data.coco import parse_coco
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.evaluation.ask import evaluate_dataset
 from sam3jax.inference.detector import Detector
-from sam3jax.predict import Predictor, PromptError
+from sam3jax.predict import Predictor, PromptError, find_pictures
 from sam3jax.viewing import predictor as predictor_module
 from tests.small_run import small_run
 
@@ -236,7 +236,7 @@ def test_overlays_and_coco_json_for_files_globs_and_equal_names(command, tmp_pat
         (["empty", "--phrase", "cat"], "no pictures: .*empty holds no picture"),
         (["nowhere.jpg", "--phrase", "cat"], "no pictures: .*nowhere.jpg does not exist"),
         (["*.jpg", "--phrase", "cat"], "matches no file"),
-        (["one.png"], "give --phrase, or --box"),
+        (["one.png"], "give --phrase, --box around an example, --points"),
         (["one.png", "--phrase", "word " * 40], "use fewer words"),
         (
             ["one.png", "--phrase", "cat", "--output", "one.png"],
@@ -270,3 +270,12 @@ def test_a_box_outside_one_picture_fails_that_picture_only(command, tmp_path, ca
     assert [i["file_name"].endswith("wide.png") for i in record["images"]] == [True]
     with pytest.raises(SystemExit):
         command(tmp_path, "--box", "50,40,9")
+
+
+def test_what_a_file_manager_left_in_a_folder_is_no_picture(tmp_path):
+    for name in ("a.png", "._a.png", "__MACOSX/a.png", ".trash/b.png", "sub/c.png"):
+        file = tmp_path / ".photos" / name  # the folder that is asked for may be hidden itself
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    found = find_pictures([str(tmp_path / ".photos")])
+    assert [f.name for f in found] == ["a.png", "c.png"]

@@ -11,7 +11,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-_events: Any = event_pb2  # its classes are made while it is imported
+# Made by protobuf when it is imported, where no type checker sees it.
+Event, SessionLog = (getattr(event_pb2, name) for name in ("Event", "SessionLog"))
 
 
 class Board:
@@ -27,10 +28,8 @@ class Board:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-            start = _events.SessionLog(status=_events.SessionLog.START)
-            self._writer.write_event(
-                _events.Event(wall_time=_now(), step=step + 1, session_log=start)
-            )
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=_now(), step=step + 1, session_log=start))
         except Exception as error:
             self._give_up(error)
 
@@ -53,7 +52,7 @@ class Board:
 
     def _write(self, step: int, content: Callable[[], Any]) -> None:
         def write(writer: EventsWriter) -> None:
-            writer.write_event(_events.Event(wall_time=_now(), step=step, summary=content()))
+            writer.write_event(Event(wall_time=_now(), step=step, summary=content()))
 
         self._try(write)
 

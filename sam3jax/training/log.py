@@ -127,11 +127,11 @@ class StepLog:
     """
 
     def __init__(
-        self, log: RunLog, config: Config, skipped: Callable[[int, Mapping[str, Any]], None]
+        self, log: RunLog, config: Config, skipped: Callable[[int, Mapping[str, float]], None]
     ) -> None:
         self.timer = Timer()
         self._log, self._config, self._skipped = log, config, skipped
-        self._schedule = learning_rate(config.optim, config.steps)
+        self._schedule: Callable[[int], Any] = learning_rate(config.optim, config.steps)
         self._pending: tuple[int, Any] | None = None
 
     def add(self, step: int, metrics: Any) -> None:
@@ -152,17 +152,21 @@ class StepLog:
         self._pending = None
         jax.block_until_ready(metrics)
         self.timer.step_done()
-        config, values = self._config, jax.device_get(metrics)
+        config, values = self._config, _as_floats(metrics)
         try:
             self._skipped(step, values)
         finally:
             if not step % config.log_every or step in (1, config.steps):
-                values = {k: float(v) for k, v in values.items()}
                 values["rate"] = np.asarray(self._schedule(step)).item()
                 if (seconds := self.timer.median(recent=50)) is not None:
                     values["images_per_second"] = config.batch_size / seconds
                     values["seconds_left"] = (config.steps - step) * seconds
                 self._log.train(step, values)
+
+
+def _as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found: Any = jax.device_get(dict(metrics))
+    return {name: np.asarray(value).item() for name, value in found.items()}
 
 
 def _is_kept(line: str, last: Mapping[str, int]) -> bool:

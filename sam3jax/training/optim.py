@@ -13,6 +13,17 @@ from sam3jax.training.rates import decayed
 from sam3jax.weights.tree import Tree
 
 
+def schedule_warning(config: OptimConfig, steps: int) -> str | None:
+    """What is said of a schedule that never reaches its rate, or None."""
+    if config.warmup_steps < steps:
+        return None
+    reached = config.learning_rate * steps / config.warmup_steps
+    return (
+        f"warning: optim.warmup_steps {config.warmup_steps} is not below steps {steps}: the rate only climbs, to "
+        f"{reached:.2g} of {config.learning_rate:.2g}; set optim.warmup_steps lower"
+    )
+
+
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """Rate of update number n = 1 .. steps: linear warm-up, then the schedule, then a cool-down.
 
