@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,29 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="sam3jax-tests-")
     jax.config.update("jax_compilation_cache_dir", cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Compiled programs are mapped into memory in pieces, of which Linux allows 65,530: past them XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Trainings run on one device, where they compile three times faster; eight are the step's own test."""
+    from sam3jax import train
+    from sam3jax.training.mesh import make_mesh
+    from tests.trainings import step_for_equal_settings
+
+    mesh = make_mesh(jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda: mesh)
+        patch.setattr(train, "make_train_step", step_for_equal_settings())
+        yield
 
 
 @pytest.fixture(scope="session")

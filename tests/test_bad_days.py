@@ -21,22 +21,17 @@ from sam3jax.data.folders import read_dataset
 from sam3jax.data.sampling import fingerprint
 from sam3jax.training import signals
 from sam3jax.training.board import Board
-from sam3jax.training.mesh import make_mesh
 from sam3jax.training.skipped import NotFiniteError, SkippedSteps
 from sam3jax.weights.base import refuse_not_finite
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.lock import LOCK, held
-from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import write_small_shapes
+from tests.trainings import Killed, before_step, kill, logged, words
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +41,10 @@ def data(tmp_path_factory):
 
 def arguments(data, output, **changes):
     settings = {
-        "output": output, "data.train": data, "steps": STEPS, "batch_size": 3, "eval_every": 0, "log_every": 1,
-        "save_every": 100, "keep": 3, "lora.targets": list(DECODER), "optim.learning_rate": 1e-2,
-        "optim.warmup_steps": 2, "evaluation.panels": 1, **{f"model.{k}": v for k, v in SMALL_MODEL.items()}, **changes,
+        "output": output, "data.train": data, "steps": STEPS, "batch_size": 3, "eval_every": 0,
+        "save_every": 100, "keep": 3, "optim.schedule": "constant", **changes,
     }  # fmt: skip
-    return [f"{k}={v}" for k, v in settings.items()]
+    return words(settings)
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +52,6 @@ def undisturbed(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert train.main(arguments(data, run)) == 0
     return run
-
-
-def before_step(monkeypatch, number, action):
-    """Do something while a training prepares a step."""
-    put, steps = train.put_batch, []
-
-    def wrapped(*given):
-        steps.append(1)
-        if len(steps) == number:
-            action()
-        return put(*given)
-
-    monkeypatch.setattr(train, "put_batch", wrapped)
-
-
-def logged(run):
-    """What metrics.jsonl says, without what a clock says."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")} for line in lines]  # fmt: skip
 
 
 def saved(run):
@@ -235,16 +210,13 @@ def test_a_nan_in_the_base_is_named():
 def test_without_a_checkpoint_changed_settings_go_on(data, tmp_path, monkeypatch):
     run = tmp_path / "run"
 
-    def fail():
-        raise RuntimeError("killed")
-
     with monkeypatch.context() as patch:
-        before_step(patch, 2, fail)
-        with pytest.raises(RuntimeError):
+        before_step(patch, 2, kill)
+        with pytest.raises(Killed):
             train.main(arguments(data, run))
     assert not saved(run)
-    assert train.main(arguments(data, run, steps=1, batch_size=2)) == 0
-    assert saved(run) == [1]
+    assert train.main(arguments(data, run, **{"data.flip": True})) == 0
+    assert saved(run) == [STEPS]
 
 
 def test_what_changes_no_number_may_change(data, undisturbed, tmp_path, capsys):

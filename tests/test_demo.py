@@ -2,13 +2,11 @@
 
 import json
 
-import jax
 import pytest
 from PIL import Image
 
 from sam3jax import demo, train
 from sam3jax.data.folders import read_dataset
-from sam3jax.training.mesh import make_mesh
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import annotation, write
 
@@ -21,13 +19,14 @@ def overrides(**settings) -> list[str]:
 
 
 @pytest.fixture
-def one_device(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+def few_pictures(one_device, monkeypatch, tmp_path):
     monkeypatch.setenv("SAM3JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "PICTURES", {demo.NEW: 4, demo.OLD: 3})
 
 
-def test_the_demo_starts_from_a_base_and_writes_its_table_and_picture(one_device, tmp_path, capsys):
+def test_the_demo_starts_from_a_base_and_writes_its_table_and_picture(
+    few_pictures, tmp_path, capsys
+):
     base, run = tmp_path / "base", tmp_path / "demo"
     model = {f"model.{k}": v for k, v in SMALL_MODEL.items()}
     settings = {**model, **SHORT, "output": base, "init": "null"}
@@ -46,7 +45,7 @@ def test_the_demo_starts_from_a_base_and_writes_its_table_and_picture(one_device
     assert "phrases permuted, tuned" in capsys.readouterr().out
 
 
-def test_a_demo_without_its_base_says_so(one_device, tmp_path, capsys):
+def test_a_demo_without_its_base_says_so(few_pictures, tmp_path, capsys):
     assert demo.main([f"init={tmp_path / 'nothing'}", f"output={tmp_path / 'run'}"]) == 2
     assert "nothing" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -21,11 +21,13 @@ from sam3jax.weights.trainable import start
 from sam3jax.weights.tree import flatten
 from tests.batches import SMALL_MODEL
 from tests.coco_folders import write_small_shapes
+from tests.trainings import Killed, before_step, kill, losses, words
 
 MODEL = {**SMALL_MODEL, "mask_decoder_ffn": 32, "mask_decoder_iou_hidden": 16}
 # Objects of each picture: unequal over devices, one picture has none.
 OBJECTS = (1, 3, 0, 2, 3, 3, 1, 2)
 STEPS = 4
+pytestmark = pytest.mark.usefixtures("one_device")
 RATE = 2.0**20
 
 
@@ -135,19 +137,10 @@ def data(tmp_path_factory):
 def arguments(data, output, **changes):
     settings = {
         "task": "clicks", "output": output, "data.train": data, "steps": STEPS, "batch_size": 4,
-        "eval_every": 2, "save_every": 2, "log_every": 1, "optim.learning_rate": 1e-2, "data.flip": True,
-        "optim.warmup_steps": 1, "evaluation.panels": 1, "evaluation.batch_size": 3, "clicks.rounds": 1,
-        "clicks.valid_clicks": 3, "clicks.objects": 2, "clicks.mask_resolution": "prediction",
-        **{f"model.{k}": v for k, v in MODEL.items()}, **changes,
+        "eval_every": 2, "save_every": 2, "data.flip": True, "evaluation.batch_size": 3, "clicks.rounds": 1,
+        "clicks.valid_clicks": 3, "clicks.objects": 2, "clicks.mask_resolution": "prediction", **changes,
     }  # fmt: skip
-    return [f"{k}={v}" for k, v in settings.items()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device_a_run():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        yield
+    return [w for w in words(settings, MODEL) if not w.startswith("lora.")]
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +148,6 @@ def undisturbed(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert train.main(arguments(data, run)) == 0
     return run
-
-
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
 
 
 def test_a_run_folder_holds_what_it_should(undisturbed):
@@ -180,19 +168,8 @@ def test_a_run_folder_holds_what_it_should(undisturbed):
 
 def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monkeypatch):
     run, none = tmp_path / "killed", {"evaluation.panels": 0}
-    put, seen = train.put_batch, []
-
-    class Killed(Exception):
-        pass
-
-    def put_or_die(*values):
-        seen.append(1)
-        if len(seen) == 4:
-            raise Killed
-        return put(*values)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "put_batch", put_or_die)
+        before_step(patch, 4, kill)
         with pytest.raises(Killed):
             train.main(arguments(data, run, **none))
     assert max(losses(run)) < STEPS

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,19 +10,12 @@ from sam3jax.data.video_sets import open_videos, pictures_of
 from sam3jax.data.videos import VOID
 from sam3jax.errors import UserError
 from sam3jax.evaluation.steadiness import steadiness_of
-from sam3jax.training.mesh import make_mesh
 from tests import video_folders as made
-from tests.batches import DECODER, SMALL_MODEL, small_config
+from tests.batches import small_config
+from tests.trainings import Killed, before_step, kill, losses, words
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """What eight devices do is the step's own test; here one compiles three times faster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +26,10 @@ def data(tmp_path_factory):
 def arguments(data, output, **changes):
     settings = {
         "task": "clips", "output": output, "data.train": data, "data.valid": data, "steps": STEPS,
-        "clips.frames": 2, "batch_size": 2, "clips.frames_at_once": 2, "eval_every": 0,
-        "save_every": 2, "log_every": 1, "lora.targets": list(DECODER), "optim.warmup_steps": 2,
-        "evaluation.panels": 1, **{f"model.{k}": v for k, v in SMALL_MODEL.items()}, **changes,
+        "clips.frames": 2, "batch_size": 2, "clips.frames_at_once": 2, "eval_every": 0, "save_every": 2,
+        **changes,
     }  # fmt: skip
-    return [f"{k}={v}" for k, v in settings.items()]
+    return words(settings)
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +39,13 @@ def undisturbed(data, tmp_path_factory):
     return run
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_validates_frames_and_draws_strips(undisturbed):
     last = json.loads((undisturbed / "summary.json").read_text())["final"]
     assert {"segm/AP50", "bbox/AP", "video/steadiness"} <= set(last)
     assert list(undisturbed.glob("predictions/*/*.png"))
-    losses = [line["loss"] for line in lines(undisturbed) if line["split"] == "train"]
-    assert len(losses) == STEPS
-    assert np.isfinite(losses).all()
+    found = losses(undisturbed)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    assert np.isfinite(list(found.values())).all()
 
 
 def test_evaluate_says_what_the_log_said(undisturbed):
@@ -69,24 +56,13 @@ def test_evaluate_says_what_the_log_said(undisturbed):
 
 
 def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monkeypatch):
-    run, put, seen = tmp_path / "killed", train.put_batch, []
-
-    class Killed(Exception):
-        pass
-
-    def failing(*rest):
-        if len(seen) == 3:
-            raise Killed
-        seen.append(rest)
-        return put(*rest)
-
-    monkeypatch.setattr(train, "put_batch", failing)
-    with pytest.raises(Killed):
-        train.main(arguments(data, run))
-    monkeypatch.setattr(train, "put_batch", put)
+    run = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        before_step(patch, 4, kill)
+        with pytest.raises(Killed):
+            train.main(arguments(data, run))
     assert train.main(arguments(data, run)) == 0
-    pick = lambda r: {x["step"]: x["loss"] for x in lines(r) if x["split"] == "train"}
-    assert pick(run) == pick(undisturbed)
+    assert losses(run) == losses(undisturbed)
 
 
 def test_void_pixels_are_a_crowd_of_every_phrase(tmp_path):

@@ -3,18 +3,17 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from sam3jax import evaluate, train
 from sam3jax.config import dump_config, load_config
-from sam3jax.training.mesh import make_mesh
-from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import write_small_shapes
+from tests.trainings import Killed, before_step, kill, losses, words
 
 STEPS = 6
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -24,24 +23,9 @@ def data(tmp_path_factory):
 
 def arguments(data, output, **changes):
     settings = {
-        "output": output, "data.train": data, "steps": STEPS, "batch_size": 8, "eval_every": 3,
-        "save_every": 2, "log_every": 1, "lora.targets": list(DECODER), "optim.learning_rate": 1e-2,
-        "optim.warmup_steps": 2, "evaluation.panels": 1, **{f"model.{k}": v for k, v in SMALL_MODEL.items()}, **changes,
+        "output": output, "data.train": data, "steps": STEPS, "batch_size": 8, "eval_every": 3, "save_every": 2, **changes,
     }  # fmt: skip
-    return [f"{k}={v}" for k, v in settings.items()]
-
-
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """What eight devices do is the step's own test; here one compiles three times faster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        yield
+    return words(settings)
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +57,10 @@ def test_a_run_folder_holds_what_it_should(undisturbed):
 def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monkeypatch):
     run = tmp_path / "killed"
 
-    class Killed(Exception):
-        pass
-
-    put = train.put_batch
-    seen = []
-
-    def failing(batch, *rest):
-        if len(seen) == 4:
-            raise Killed
-        seen.append(batch)
-        return put(batch, *rest)
-
-    monkeypatch.setattr(train, "put_batch", failing)
-    with pytest.raises(Killed):
-        train.main(arguments(data, run))
-    monkeypatch.setattr(train, "put_batch", put)
+    with monkeypatch.context() as patch:
+        before_step(patch, 5, kill)
+        with pytest.raises(Killed):
+            train.main(arguments(data, run))
     assert train.main(arguments(data, run)) == 0
     assert losses(run) == losses(undisturbed)
     ours, theirs = (json.loads((r / "evaluation.json").read_text()) for r in (run, undisturbed))
