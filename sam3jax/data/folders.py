@@ -65,11 +65,13 @@ def find_splits(path: str | Path) -> dict[str, Path]:
             named = {n: f for n, f in named.items() if (kind := _kind(n)) and kind not in taken}
         splits |= named
         taken |= {_kind(name) for name in named}
-    if not splits:
+    # Other formats have JSON files too. Without one of them, what is wrong with a file is said when it is read.
+    other = "" if any(map(looks_like_coco, splits.values())) else formats.hint(root)
+    if other or not splits:
         raise DataError(
             f"no COCO annotations in {root}: expected train/_annotations.coco.json (Roboflow), "
             f"annotations/instances_train*.json (classic COCO), or one .json beside the pictures"
-            f"{formats.hint(root)}"
+            f"{other}"
         )
     return splits
 
