@@ -26,7 +26,7 @@ from sam3jax.data.records import ImageRecord
 
 PICTURES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-    + (".heic", ".heif", ".avif", ".dcm", ".nii")
+    + (".heic", ".heif", ".avif", ".dcm", ".dicom", ".nii")
 )
 _VALID = ("valid", "val", "validation")
 _ALIASES = {"valid": _VALID, "val": _VALID, "train": ("train", "training")}
@@ -40,6 +40,11 @@ DEFAULT_SPLITS = ("train", "valid", ONLY)  # what is asked of such a folder with
 def is_hidden(path: Path) -> bool:
     """Whether macOS or an editor left the file or folder there: ._x, .vscode, __MACOSX."""
     return path.name.startswith(".") or path.name == _MACOS
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a name is that of a picture, or of a volume of slices."""
+    return path.suffix.lower() in PICTURES or path.name.lower().endswith(".nii.gz")
 
 
 def find_splits(path: str | Path) -> dict[str, Path]:
@@ -248,5 +253,5 @@ def _note_unlisted(dataset: Dataset, folder: Path) -> None:
         return
     for name in sorted(set(os.listdir(folder)) - listed):
         path = Path(name)
-        if path.suffix.lower() in PICTURES and not is_hidden(path):
+        if is_picture(path) and not is_hidden(path):
             dataset.problems.add("picture in the folder but not in the JSON (not used)", name)
