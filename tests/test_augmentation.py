@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from sam3jax.config import DataConfig, parse_config
-from sam3jax.data.augmentation import draw_change
+from sam3jax.data.augmentation import blurred, draw_change
 from sam3jax.data.coco import DataError
 from sam3jax.data.folders import read_dataset
 from sam3jax.data.loader import make_eval_loader, make_train_loader
@@ -63,6 +63,18 @@ def test_each_change_does_what_its_name_says(key):
     if key == "noise":  # up to the largest deviation that is asked for
         assert max((after - before).std() for after in seen) > 15
     assert any((a != seen[0]).any() for a in seen[1:]) or key == "grey"
+
+
+@pytest.mark.parametrize("radius", [0.2, 0.7, 1.0, 1.5, 3.25, 10.0])
+def test_blur_is_pillow_s_box(radius):
+    rng = np.random.default_rng(0)
+    for size in ((64, 80), (3, 5), (1, 7)):
+        picture = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
+        ours = np.asarray(blurred(picture, radius)).astype(int)
+        theirs = np.asarray(picture.filter(ImageFilter.BoxBlur(radius)))
+        assert np.abs(ours - theirs).max() <= 2 + (radius > 5)  # weights in 256ths
+    white = Image.new("RGB", (9, 9), (255, 255, 255))
+    assert blurred(white, radius).getextrema() == ((255, 255),) * 3
 
 
 def test_switching_one_on_leaves_the_luck_of_the_others():
