@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from sam3jax.data.importers import import_dataset
 from sam3jax.data.ledger import DataError
 from sam3jax.data.pictures import is_black
 from sam3jax.data.records import Dataset
-from sam3jax.data.statistics import category_table, same_pictures, summary
+from sam3jax.data.statistics import category_table, same_pictures, summary, twins
 from sam3jax.errors import exit_status
 from sam3jax.files import FileError, make_folder, write_json
 from sam3jax.options import parse
@@ -72,12 +72,12 @@ def examine(config: Config, path: str, options: argparse.Namespace) -> int:
         print(f"{'data' if split == ONLY else f'split {split}'}: {file}")
         for line in describe(splits[split], config.model.queries):
             print(f"  {line}")
-    notes: list[str] = []
+    notes = list(_twins(splits))
     if not errors:
         try:
             train, valid = _as_trained(config, files, splits)
             if valid is not None:
-                notes = [*compare(train, valid), *_same_pictures(train, valid)]
+                notes += [*compare(train, valid), *_same_pictures(train, valid)]
         except DataError as error:
             errors.append(str(error))
     for note in notes:
@@ -129,6 +129,17 @@ def _same_pictures(train: Dataset, valid: Dataset) -> list[str]:
         f"{len(same)} of {len(valid.images)} pictures of {valid.name} are in {train.name} too ({named}{more}): "
         f"what validation measures there is memory"
     ]
+
+
+def _twins(splits: dict[str, Dataset]) -> Iterator[str]:
+    for dataset in splits.values():
+        if same := twins(dataset):
+            named = ", ".join(f"{b} = {a}" for a, b in same[:_SAME])
+            more = ", ..." if same[_SAME:] else ""
+            yield (
+                f"{len(same)} pictures of {dataset.name} are others over again ({named}{more}): where their "
+                f"annotations differ, each teaches that the other's objects are not there"
+            )
 
 
 def _write(

@@ -148,7 +148,10 @@ def test_boxes_thinner_than_a_pixel_are_said(tmp_path):
     ]
     dataset = read_dataset(write(tmp_path / "d", items))
     assert dict(dataset.problems) == {"box thinner than a pixel (kept)": 1}
-    assert str(dataset.problems.entries("box thinner than a pixel (kept)")[0]) == "0.png, id 0"
+    assert (
+        str(dataset.problems.entries("box thinner than a pixel (kept)")[0])
+        == "0.png, id 0, found [10, 8, 0.4, 16]"
+    )
 
 
 @pytest.mark.parametrize("area", [10**400, float("inf"), "big", -3, 0, [5]])

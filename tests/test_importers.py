@@ -246,5 +246,5 @@ def test_video_folders_are_called_video(tmp_path):
         (tmp_path / "davis" / name).mkdir(parents=True)
     picture(tmp_path / "davis/JPEGImages/480p/bear/00000.jpg", 64, 48)
     (tmp_path / "davis/ImageSets/480p/train.txt").write_text("bear\n")
-    with pytest.raises(DataError, match=r"looks like video \(DAVIS"):
+    with pytest.raises(DataError, match=r"looks like video \(DAVIS.*task=clips"):
         read_dataset(tmp_path / "davis")

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sam3jax.data.ledger import DataError, Ledger, Where
+from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.mask_forms import parse_text
 from sam3jax.data.numbers import number
 
 Box = tuple[float, float, float, float]  # left, top, width, height, pixels
@@ -24,11 +25,22 @@ _OVER = 0.1  # share of boxes over the picture's edge from which another convent
 _MISFIT = 0.3  # share of boxes that miss their masks from which another convention is looked for
 _IN_PIXELS = 4  # readings, the first ones, that need no mask to be told apart
 _NONE = (float("nan"),) * 4
+_SIZES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+_CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))  # fmt: skip
 _COCO = "left, top, width, height in pixels"
 
 
 def parse_box(value: Any) -> Box | None:
-    """Four finite numbers, whatever they mean; None where there are none."""
+    """Four finite numbers, whatever they mean; None where there are none.
+
+    Also as text, in a list of their own, or under names that leave no doubt.
+    """
+    if isinstance(value, str):
+        value = parse_text(value)
+    if isinstance(value, dict):
+        return _named(value)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if not isinstance(value, list | tuple) or len(value) != 4:
         return None
     x, y, w, h = (number(v) for v in value)
@@ -37,8 +49,19 @@ def parse_box(value: Any) -> Box | None:
     return x, y, w, h
 
 
+def _named(value: dict) -> Box | None:
+    for names in _SIZES:
+        if set(names) <= value.keys():
+            return parse_box([value[name] for name in names])
+    for names in _CORNERS:
+        if set(names) <= value.keys():
+            edges = parse_box([value[name] for name in names])
+            return edges and (edges[0], edges[1], edges[2] - edges[0], edges[3] - edges[1])
+    return None
+
+
 def place_box(
-    stated: Box | None, extent: Edges | None, width: int, height: int, ledger: Ledger, where: Where
+    stated: Box | None, extent: Edges | None, width: int, height: int, ledger: Ledger, where: tuple
 ) -> tuple[Box | None, bool]:
     """The box inside the picture, and whether something was cut off; None where there is none.
 

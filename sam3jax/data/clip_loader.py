@@ -13,6 +13,7 @@ import numpy as np
 
 from sam3jax.config import Config
 from sam3jax.data import transforms
+from sam3jax.data.augmentation import Change, draw_change
 from sam3jax.data.clips import (
     Clip,
     Sampling,
@@ -94,10 +95,12 @@ def clip_arrays(
     *,
     number: int = 0,
     masks: bool = True,
+    change: Change | None = None,
 ) -> Arrays:
     """The F rows of one clip. An object has the same row of `boxes` and `masks` in all frames.
 
-    objects: the id of each object that `Question.targets` counts; number: of the clip in its batch.
+    objects: the id of each object that `Question.targets` counts; number: of the clip in its batch. change: of
+    the pixels of all frames.
     """
     asked = list(dict.fromkeys(k for q in questions for k in q.targets))[: shapes.instances]
     slots = {k: slot for slot, k in enumerate(asked)}
@@ -105,7 +108,7 @@ def clip_arrays(
     rows = []
     for step, (frame, transform) in enumerate(zip(clip.frames, clip.transforms, strict=True)):
         out = empty_row(shapes, transform) | {
-            "images": transforms.move_picture(transform, clip.video.frames[frame]),
+            "images": transforms.move_picture(transform, clip.video.frames[frame], change),
             "object_id": np.full(shapes.instances, NO_OBJECT, np.int32),
             "clip": np.int32(number),
             "frame": np.int32(frame),
@@ -174,6 +177,7 @@ def _clip_batch(
             clip_arrays(
                 clip, questions, objects, text_ids, shapes,
                 number=place, masks=config.loss.reads_masks,
+                change=draw_change(np.random.default_rng((config.seed, epoch, row, 2)), config.data),
             )
         )  # fmt: skip
     return {key: np.concatenate([c[key] for c in clips]) for key in clips[0]}

@@ -42,6 +42,15 @@ __all__ = [
 Check = Callable[[list[ImageRecord], Ledger], list[ImageRecord]]
 
 _PHRASE_FIELDS = ("phrase", "noun_phrase", "caption")
+_DOUBTS = ("ignore", "difficult")
+# What exporters call COCO's fields.
+_OTHER_NAMES = {
+    "image_id": ("imageId", "image_ID", "img_id"),
+    "category_id": ("categoryId", "category_ID", "cat_id", "class_id"),
+    "bbox": ("box", "bounding_box", "boundingBox"),
+    "segmentation": ("segmentations", "polygon", "polygons", "rle", "mask"),
+    "iscrowd": ("is_crowd", "isCrowd", "crowd"),
+}
 
 
 def parse_coco(
@@ -77,6 +86,7 @@ def parse_coco(
         replace(record, annotations=tuple(found)) if found else record
         for record, found in zip(listing.records, reader.found)
     ]
+    records = [_without_contradiction(record, ledger) for record in records]
     reader.judge.check(source)
     covered = sum(bool(found) for found in reader.found)
     judge_left_out(ledger, len(annotations), covered, len(records), source)
@@ -90,6 +100,16 @@ def parse_coco(
         source_ids={kind: found for kind, found in sources.items() if found},
         stated_masks=reader.stated_masks,
     )
+
+
+def _without_contradiction(record: ImageRecord, ledger: Ledger) -> ImageRecord:
+    """No category is absent from a picture in which it is annotated."""
+    if not record.negative_ids:
+        return record
+    there = record.negative_ids & {a.category_id for a in record.annotations}
+    for category in sorted(there):
+        ledger.add("`neg_category_ids` has a category that is annotated there (left out)", record.file.name, record.id, category)  # fmt: skip
+    return replace(record, negative_ids=record.negative_ids - there) if there else record
 
 
 class _Reader:
@@ -107,6 +127,8 @@ class _Reader:
         """Keep the annotation, or count why it is left out."""
         ledger = self._ledger
         id = item.get("id") if isinstance(item, dict) else None
+        if isinstance(item, dict) and not _OTHER_NAMES.keys() <= item.keys():
+            item = self._in_coco_s_words(item)
         if not isinstance(item, dict) or "image_id" not in item or "category_id" not in item:
             ledger.add(f"{LEFT_OUT}: no image_id or no category_id", "", id, item)
             return
@@ -136,9 +158,22 @@ class _Reader:
                 ledger.add(
                     f"annotation field `{key}` is not used: phrases are category names", *where
                 )
+        for key in _DOUBTS:
+            if key in item and flag(item[key]):
+                ledger.add(f"annotation field `{key}` is not used (kept as an instance)", *where)
         annotation = self._annotation(item, record, category, where)
         if annotation is not None and self._is_new(annotation, row, where):
             self.found[row].append(annotation)
+
+    def _in_coco_s_words(self, item: dict) -> dict:
+        """The annotation with fields of other names where COCO's are missing."""
+        for field, others in _OTHER_NAMES.items():
+            for other in others if field not in item else ():
+                if other in item:
+                    self._ledger.add(f"annotation field `{other}` is read as `{field}`", "", item.get("id"))  # fmt: skip
+                    item = {**item, field: item[other]}
+                    break
+        return item
 
     def _annotation(
         self, item: dict, record: ImageRecord, category: int, where: Where
@@ -149,9 +184,12 @@ class _Reader:
         )
         self.stated_masks += stated
         box = parse_box(item.get("bbox"))
+        if box is not None and (type(item["bbox"]) is not list or len(item["bbox"]) != 4):
+            ledger.add("box written in another form than COCO's (read)", *where)
         self.judge.add(box, extent, record.width, record.height)
         over = extent is not None and reaches_over(extent, record.width, record.height)
-        placed, cut = place_box(box, extent, record.width, record.height, ledger, where)
+        where_found = (*where, item.get("bbox"))
+        placed, cut = place_box(box, extent, record.width, record.height, ledger, where_found)
         if placed is None:
             self.stated_masks -= stated
             return None

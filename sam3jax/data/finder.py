@@ -16,6 +16,7 @@ from urllib.parse import unquote
 from sam3jax.data.ledger import DataError, shown
 
 _WALKED = 200_000  # files that are looked through for near names
+_PICTURES = frozenset(("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "heic", "avif", "jfif"))
 _FILE, _LINK, _OTHER = "file", "link", "other"
 
 
@@ -52,14 +53,18 @@ class Finder:
         return None
 
     def near(self, file_name: str) -> str | None:
-        """Files whose name differs in capitals, Unicode form, escapes or folder only, for a message."""
+        """Files whose name differs in capitals, Unicode form, escapes, ending or folder only, for a message."""
         if self._near is None:
             self._near = defaultdict(list)
             for number, file in enumerate(_walk(self._root)):
                 if number > _WALKED:
                     break
-                self._near[_plain(file.name)].append(file.relative_to(self._root).as_posix())
-        found = self._near.get(_plain(PurePosixPath(file_name.replace("\\", "/")).name), ())
+                place, key = file.relative_to(self._root).as_posix(), _plain(file.name)
+                self._near[key].append(place)
+                if key.rpartition(".")[2] in _PICTURES:
+                    self._near[key.rpartition(".")[0]].append(place)
+        key = _plain(PurePosixPath(file_name.replace("\\", "/")).name)
+        found = self._near.get(key) or self._near.get(key.rpartition(".")[0] or key) or ()
         return " or ".join(shown(name) for name in found[:2]) or None
 
     def _look(self, folder: Path, name: str) -> Path | None:
@@ -88,10 +93,7 @@ class Finder:
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        link = entry.is_symlink()
-                        found[entry.name] = (
-                            (_LINK if link else _FILE) if entry.is_file() else _OTHER
-                        )
+                        found[entry.name] = _kind(entry)
             except (OSError, ValueError):  # no such folder, not ours to read, a NUL in the name
                 pass
             self._listings[folder] = found
@@ -113,6 +115,15 @@ def _outside(file: str, root: Path) -> DataError:
     )
 
 
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_file():
+            return _LINK if entry.is_symlink() else _FILE
+    except OSError:  # a link to itself
+        pass
+    return _OTHER
+
+
 def _walk(root: Path):
     for folder, _, files in os.walk(root):
         for name in files:
@@ -121,5 +132,9 @@ def _walk(root: Path):
 
 def _plain(name: str) -> str:
     """Equal for names that people and file systems take for the same."""
-    stem, _, suffix = unicodedata.normalize("NFC", unquote(name)).casefold().rpartition(".")
+    stem, dot, suffix = (
+        unicodedata.normalize("NFC", unquote(name)).strip().casefold().rpartition(".")
+    )
+    if not dot:
+        return " ".join(suffix.split())
     return f"{' '.join(stem.split())}.{'jpg' if suffix == 'jpeg' else suffix}"

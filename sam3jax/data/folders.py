@@ -12,6 +12,7 @@ where its JSON is COCO; other JSON files (settings, classes) are no concern of o
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from sam3jax.data.coco import Dataset, load_json, parse_coco
 from sam3jax.data.finder import Finder
 from sam3jax.data.json_file import looks_like_coco
 from sam3jax.data.ledger import DataError, Ledger
-from sam3jax.data.pictures import DEFAULT, Reading, check_pictures
+from sam3jax.data.pictures import DEFAULT, Header, Reading, check_pictures, no_frame
 from sam3jax.data.records import ImageRecord
 
 PICTURES = frozenset(
@@ -140,6 +141,7 @@ def _with_headers(
             )
         if header.deep == "colour":
             ledger.add("picture has sixteen bits a colour: the upper eight are read", record.file.name)  # fmt: skip
+    records = _of_one_frame(records, headers, ledger)
     paged = {r.file for r in records if r.frame}
     for record, header in zip(records, headers):
         if header.frames > 1 and record.file not in paged:
@@ -152,6 +154,25 @@ def _with_headers(
         replace(record, orientation=header.orientation, stored=header.size, reading=reading)
         for record, header in zip(records, headers)
     ]
+
+
+def _of_one_frame(
+    records: list[ImageRecord], headers: list[Header], ledger: Ledger
+) -> list[ImageRecord]:
+    """`frame` of a picture that has only one is the number it had in a film, and chooses nothing.
+
+    Raises DataError where several entries ask for frames of such a picture.
+    """
+    listed = Counter(record.file for record in records)
+    found = []
+    for record, header in zip(records, headers):
+        if record.frame and header.frames == 1:
+            if listed[record.file] > 1:
+                raise no_frame(record.file, header.frames, record.frame)
+            ledger.add("`frame` of an entry is not used: its picture has one frame", record.file.name, record.id, record.frame)  # fmt: skip
+            record = replace(record, frame=0)
+        found.append(record)
+    return found
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -45,7 +45,10 @@ def hint(root: Path) -> str:
     if kind is None:
         return ""
     if kind == "video":
-        return ". It looks like video (DAVIS or YouTube-VOS): export its frames as a COCO data set"
+        return (
+            ". It looks like video (DAVIS, YouTube-VOS or YouTube-VIS): train on it with task=clips, or "
+            "export its frames as a COCO data set"
+        )
     return (
         f". It looks like {kind}: python -m sam3jax.doctor {root} --import {kind} --out COCO_DIR "
         f"converts it"

@@ -61,7 +61,7 @@ def sections(raw: Any, source: str) -> tuple[list, list, list]:
     if isinstance(raw, dict) and "videos" in raw and "images" not in raw:
         raise DataError(
             f"{source} is video data (YouTube-VIS: `videos`), expected COCO pictures with `images`: "
-            f"export its frames as a COCO data set"
+            f"train on it with task=clips, or export its frames as a COCO data set"
         )
     if not isinstance(raw, dict):
         missing, found = list(SECTIONS), type(raw).__name__

@@ -16,6 +16,7 @@ from sam3jax.data.records import ImageRecord
 
 Locate = Callable[[str], Path | None]
 
+_OTHER_NAMES = ("filename", "fileName", "file")  # of `file_name`
 _LARGEST_EDGE = 1_000_000  # pixels; a stated size beyond it is no size
 
 
@@ -71,7 +72,7 @@ class Listing:
             if file is None:
                 missing.append(name)
                 continue
-            frame = _frame(item)
+            frame = self._frame(item, name)
             row = files.get((file, frame))
             if number in self._rows:
                 if row != self._rows[number]:
@@ -90,6 +91,12 @@ class Listing:
             self._ledger.add("picture id is no whole number >= 0 (numbered anew)", "", raw)
 
     def _identify(self, item: Any) -> tuple[int, str]:
+        if isinstance(item, dict) and "file_name" not in item:
+            for other in _OTHER_NAMES:
+                if other in item:
+                    self._ledger.add(f"picture field `{other}` is read as `file_name`", "", item.get("id"))  # fmt: skip
+                    item = {**item, "file_name": item[other]}
+                    break
         raw = item.get("file_name") if isinstance(item, dict) else None
         name = str(raw) if isinstance(raw, str | int) and not isinstance(raw, bool) else ""
         number = self.ids.find(item.get("id")) if isinstance(item, dict) else None
@@ -110,6 +117,15 @@ class Listing:
         negative, not_exhaustive = self._absences(item, name)
         return ImageRecord(number, file, width, height, (), negative, not_exhaustive, frame=frame)
 
+    def _frame(self, item: dict, name: str) -> int:
+        if (raw := item.get("frame")) is None:
+            return 0
+        found = number(raw)
+        if found is not None and found >= 0 and found.is_integer():
+            return int(found)
+        self._ledger.add("`frame` is no whole number >= 0 (the first is read)", name, item["id"], raw)  # fmt: skip
+        return 0
+
     def _absences(self, item: dict, name: str) -> tuple[frozenset[int] | None, frozenset[int]]:
         found: list[frozenset[int] | None] = []
         for field in ("neg_category_ids", "not_exhaustive_category_ids"):
@@ -120,6 +136,8 @@ class Listing:
             elif value is not None:
                 for raw in value:
                     category = self._categories.find(raw)
+                    if category is None:
+                        category = self._categories.find_by_name(raw)
                     if category is None:
                         self._ledger.add(
                             f"`{field}` has a category that is not listed (left out)",
@@ -188,11 +206,6 @@ class Listing:
             f"{', '.join(hints)}{', ...' if len(missing) > 3 else ''}; put them beside the "
             f"JSON (or into images/), or take them out of its `images`"
         )
-
-
-def _frame(item: dict) -> int:
-    found = number(item.get("frame"))
-    return int(found) if found is not None and found >= 0 and found.is_integer() else 0
 
 
 def _clean(name: str) -> str:

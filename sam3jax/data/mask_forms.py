@@ -57,10 +57,15 @@ def parse_text(text: str) -> Any:
     """What JSON or Python text says; None where it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
-            return read(text)
+            return _lists(read(text))
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     return None
+
+
+def _lists(value: Any) -> Any:
+    """Tuples, which Python text may hold, as lists."""
+    return [_lists(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _list(value: list, level: int) -> tuple[Any, bool]:

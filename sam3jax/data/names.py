@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +19,7 @@ from sam3jax.data.ledger import DataError, Ledger, shown
 from sam3jax.data.records import Dataset, ImageRecord
 from sam3jax.data.tokenizer import words
 
+_JOINERS = "\u200c\u200d"
 _LISTED = 20  # category names that a message lists
 
 
@@ -50,7 +53,23 @@ class Categories:
 @functools.lru_cache(maxsize=65536)
 def phrase_key(name: str) -> str:
     """Equal for two names exactly where the model reads the same words; empty where it reads none."""
-    return " ".join(words(name.encode("utf-8", "replace").decode()))
+    return " ".join(words(visible(name).encode("utf-8", "replace").decode()))
+
+
+def visible(text: str) -> str:
+    """The text without what nobody sees: control characters become blanks, zero-width ones and marks of
+    direction go. Joiners stay beside other letters than Latin's: Persian and emoji need them."""
+    if text.isprintable():
+        return text
+    drop = "" if all(c.isascii() or c in _JOINERS for c in text) else _JOINERS
+    kept = []
+    for c in text:
+        kind = unicodedata.category(c)
+        if kind in ("Cc", "Zl", "Zp"):
+            kept.append(" ")
+        elif kind != "Cf" or c in drop:
+            kept.append(c)
+    return "".join(kept).strip()
 
 
 def read_categories(items: list, ledger: Ledger, source: str) -> Categories:
@@ -60,6 +79,9 @@ def read_categories(items: list, ledger: Ledger, source: str) -> Categories:
     for item in items:
         number = ids.find(item.get("id")) if isinstance(item, dict) else None
         name = _name(item.get("name")) if isinstance(item, dict) else None
+        if name and (seen := visible(name)) != name:
+            ledger.add("category name holds signs that nobody sees (left out)", id=item["id"], found=name)  # fmt: skip
+            name = seen or name
         if number is None or not name:
             raise DataError(
                 f"{source}: category {shown(item)} needs an `id` and a `name`: a number or a text, "
@@ -88,14 +110,33 @@ def read_categories(items: list, ledger: Ledger, source: str) -> Categories:
         ledger.add(
             "category id is no whole number >= 0 (numbered anew)", id=raw, found=names.get(number)
         )
-    return Categories(ids, names, merge_equal_names(names, ledger))
+    merged = merge_equal_names(names, ledger)
+    _note_near_names({i: name for i, name in names.items() if merged[i] == i}, ledger)
+    return Categories(ids, names, merged)
+
+
+def _note_near_names(names: Mapping[int, str], ledger: Ledger) -> None:
+    """`red-cup` and `red cup` are two phrases to the model, and may be one to the people who wrote them."""
+    first: dict[str, str] = {}
+    for number, name in names.items():
+        letters = "".join(c for c in phrase_key(name) if c.isalnum())
+        other = first.setdefault(letters, name)
+        if letters and other != name:
+            ledger.add(
+                "category name differs from another one's in blanks or signs only (kept apart; data.phrases can "
+                "make them one)",
+                id=number,
+                found=f"{name} beside {other}",
+            )
 
 
 def _name(raw: Any) -> str:
     """The name as text; numbers are fair names ("7"), null, lists and truth values are not."""
     if isinstance(raw, str):
         return raw.strip()
-    return str(raw) if isinstance(raw, int | float) and not isinstance(raw, bool) else ""
+    if isinstance(raw, float):
+        return f"{raw:g}" if math.isfinite(raw) else ""
+    return str(raw) if type(raw) is int and abs(raw) < 10**30 else ""
 
 
 def merge_equal_names(names: Mapping[int, str], ledger: Ledger) -> dict[int, int]:

@@ -194,8 +194,8 @@ def _check(picture: tuple[Path, int, int, int], reading: Reading) -> Header | Da
         header = read_header(file, reading.megapixels)
         if (width, height) not in (header.size, header.displayed):
             return _other_size(file, header.displayed, (width, height))
-        if frame >= header.frames:
-            return _no_frame(file, header.frames, frame)
+        if frame >= header.frames > 1:
+            return no_frame(file, header.frames, frame)
         if header.deep == "colour" or not _looks_complete(file):
             open_rgb(file, frame=frame, reading=reading)
     except DataError as error:
@@ -247,7 +247,7 @@ def _seek(image: Image.Image, file: Path, frame: int) -> None:
         return
     frames = getattr(image, "n_frames", 1)
     if frame >= frames:
-        raise _no_frame(file, frames, frame)
+        raise no_frame(file, frames, frame)
     image.seek(frame)
 
 
@@ -340,10 +340,24 @@ def _unreadable(file: Path, error: Exception) -> DataError:
         return DataError(
             f"picture {file} is HEIC, which needs a reader: pip install pillow-heif, or save it as JPEG"
         )
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = _foreign(file) or " ".join(str(error).split()) or type(error).__name__
     return DataError(
         f"picture {file} cannot be read ({reason}): replace the file, or take it out of the JSON"
     )
+
+
+def _foreign(file: Path) -> str:
+    """What a file is, by its first bytes, that is no picture at all."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64).lstrip().lower()
+    except OSError:
+        return ""
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: run `git lfs pull`"
+    return "it is a web page" if head.startswith((b"<!doctype html", b"<html")) else ""
 
 
 def _other_size(file: Path, found: tuple[int, int], stated: tuple[int, int]) -> DataError:
@@ -354,7 +368,8 @@ def _other_size(file: Path, found: tuple[int, int], stated: tuple[int, int]) -> 
     )
 
 
-def _no_frame(file: Path, frames: int, frame: int) -> DataError:
+def no_frame(file: Path, frames: int, frame: int) -> DataError:
+    """The sentence for a frame that a file does not have."""
     return DataError(
         f"picture {file} has {frames} frames, counted from 0; frame {frame} is asked for: correct "
         f"`frame` in the JSON"

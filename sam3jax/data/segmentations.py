@@ -110,7 +110,21 @@ def _polygon(
     if not -np.inf < sum(extent) < np.inf:
         ledger.add("polygon left out: fewer than three points, or not numbers", *where, part)
         return None
+    if extent[0] == extent[2] or extent[1] == extent[3] or _is_line(polygon):
+        ledger.add("polygon left out: a line, without an area", *where, part)
+        return None
     return polygon, extent
+
+
+def _is_line(polygon: np.ndarray) -> bool:
+    """Whether three or four points lie on one line; of more points, nobody draws that by mistake."""
+    if polygon.size > 8:
+        return False
+    x, y, *rest = polygon.tolist()
+    (a, b), *others = [(u - x, v - y) for u, v in zip(rest[0::2], rest[1::2], strict=True)]
+    if not a and not b:
+        return len(others) < 2 or others[0][0] * others[1][1] == others[0][1] * others[1][0]
+    return all(a * v == b * u for u, v in others)
 
 
 def _extent(polygon: np.ndarray) -> Extent:

@@ -87,6 +87,17 @@ def same_pictures(a: Dataset, b: Dataset) -> list[tuple[str, str]]:
     return sorted(found)
 
 
+def twins(dataset: Dataset) -> list[tuple[str, str]]:
+    """Pictures of one set with the content of an earlier one, both names; pages of one file are none."""
+    found: list[tuple[str, str]] = []
+    for files in _by_size(dataset).values():
+        known: dict[bytes, Path] = {}
+        for file in files if len(files) > 1 else ():
+            if (first := known.setdefault(_digest(file), file)) is not file:
+                found.append((first.name, file.name))
+    return sorted(found)
+
+
 def _by_size(dataset: Dataset) -> dict[int, list[Path]]:
     sizes: dict[int, list[Path]] = defaultdict(list)
     for file in dict.fromkeys(image.file for image in dataset.images):

@@ -46,6 +46,10 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
     data = config.data
     if data.train is None:
         raise DataError("no training data: set data.train to a folder of videos, or to shapes")
+    if data.repeat_threshold:
+        raise DataError(
+            "data.repeat_threshold is for pictures; videos are all shown equally often: set it to 0"
+        )
     train = _read(config, data.train, data.train_split)
     valid = None
     if data.valid is not None:

@@ -31,7 +31,7 @@ def click_panel(
     rows, columns = truth.shape[1:]
     scale = np.array([picture.width / columns, picture.height / rows])
     places = (clicks[..., :2] + 0.5) * scale - 0.5
-    longer = round(height * max(1.0, picture.width / picture.height))
+    longer = round(height * min(max(1.0, picture.width / picture.height), draw.WIDEST))
 
     def drawn(shapes: np.ndarray, rounds: int) -> Image.Image:
         instances = [

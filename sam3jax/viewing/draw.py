@@ -31,6 +31,7 @@ _PALETTE: tuple[Colour, ...] = (
 _INK, _PAPER = (20, 20, 24), (250, 250, 250)
 _INSIDE, _OUTSIDE = (20, 170, 60), (215, 30, 40)  # clicks
 _FILL = 0.4
+WIDEST = 8  # times as wide as high is drawn at full height
 _CROWD = 60  # instances above which lines are thin
 _LABEL_SHARE = 0.15  # of the picture that labels may hide at most
 
@@ -125,7 +126,7 @@ def panels(
     """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     # Drawn at the final size: labels that are shrunk cannot be read.
-    longer = round(height * max(1.0, image.width / image.height))
+    longer = round(height * min(max(1.0, image.width / image.height), WIDEST))
     draw = functools.partial(overlay, image, smallest=longer, largest=longer)
     truth = next((instances for _, instances in parts if len(instances)), ())
     drawn = [(caption, draw(colour_like(truth, instances))) for caption, instances in parts]
@@ -160,12 +161,7 @@ def row(
 ) -> Image.Image:
     """Pictures side by side at one height, each under its caption, all under a title."""
     gap, bar = 6, 24
-    shrunk = [
-        image.resize(
-            (max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS
-        )
-        for _, image in parts
-    ]
+    shrunk = [_of_height(image, height) for _, image in parts]
     top = bar * (2 if title else 1)
     width = sum(image.width for image in shrunk) + gap * (len(parts) - 1)
     sheet = Image.new("RGB", (width, height + top), _PAPER)
@@ -177,6 +173,17 @@ def row(
         _text_within(pen, (left + 4, top - bar + 4), caption, image.width - 8, font(14))
         sheet.paste(image, (left, top))
         left += image.width + gap
+    return sheet
+
+
+def _of_height(image: Image.Image, height: int) -> Image.Image:
+    """The picture at a height; very wide ones with room above and below instead."""
+    size = (max(1, round(image.width * height / image.height)), height)
+    if size[0] <= WIDEST * height:
+        return image.resize(size, Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (WIDEST * height, height), _PAPER)
+    inner = (sheet.width, max(1, round(image.height * sheet.width / image.width)))
+    sheet.paste(image.resize(inner, Image.Resampling.LANCZOS), (0, (height - inner[1]) // 2))
     return sheet
 
 
