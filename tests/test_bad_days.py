@@ -31,7 +31,7 @@ from tests.trainings import Killed, before_step, kill, logged, words
 STEPS = 4
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.fixture(scope="module")
