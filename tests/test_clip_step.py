@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 COUNTS = np.array([[1, 2], [0, 3], [0, 0], [1, 0], [2, 2], [5, 0], [0, 0], [0, 1]])
 
 
-def clip_config(frames=4, at_once=1, **changes):
+def clip_config(frames=4, at_once=1, remat=False, **changes):
     clips = {"frames": frames, "frames_at_once": at_once}
-    return small_config(task="clips", clips=clips, **changes)
+    return small_config(task="clips", clips=clips, model={"remat": remat}, **changes)
 
 
 def clip_batch(config, counts=COUNTS, seed=1) -> ClipBatch:
@@ -135,7 +135,7 @@ def test_memory_follows_a_frame_not_the_clip():
     """Compiled temporaries of a step of eight frames against one of two."""
 
     def temporaries(frames):
-        config = clip_config(frames=frames)
+        config = clip_config(frames=frames, remat=True)
         counts = np.tile([[1, 2]], (frames, 1))
         step, *arguments = prepare(config, clip_batch(config, counts))
         return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes

@@ -27,7 +27,7 @@ from sam3jax.weights.scope import scope_of
 from sam3jax.weights.tree import Tree
 
 # What a user sets of a model that is read from a folder; its sizes come with it.
-AT_RUN_TIME = {"image_size", "dropout", "drop_path", "compute_dtype"}
+AT_RUN_TIME = {"image_size", "dropout", "drop_path", "compute_dtype", "remat"}
 
 
 @dataclass(frozen=True)
