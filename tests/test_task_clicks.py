@@ -91,15 +91,15 @@ def update():
 
 
 @pytest.fixture(scope="module")
-def one_device(update):
+def alone(update):
     return update(random_batch(config_of()))
 
 
-def test_eight_devices_equal_one(one_device):
+def test_eight_devices_equal_one(alone):
     """Loss, terms and gradients, and so every click: a picture's luck is its own wherever it lies."""
     config = config_of()
     gradient, metrics = compiled(config, 8)(random_batch(config))
-    want, told = one_device
+    want, told = alone
     assert told["loss"] > 1
     for name, value in told.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -110,19 +110,19 @@ def test_eight_devices_equal_one(one_device):
         assert np.linalg.norm(gradient[path] - g) <= 1e-5 * size, path
 
 
-def test_padding_is_worth_nothing_and_luck_is_worth_something(update, one_device):
+def test_padding_is_worth_nothing_and_luck_is_worth_something(update, alone):
     batch = random_batch(config_of())
     masks = np.where(batch.valid[..., None, None], batch.masks, 255).astype(np.uint8)
     masks[6] = 255
     _, metrics = update(batch.replace(masks=masks))
-    assert metrics["loss"] == one_device[1]["loss"]
+    assert metrics["loss"] == alone[1]["loss"]
     _, metrics = update(batch.replace(luck=batch.luck + np.uint32(1)))
-    assert metrics["loss"] != one_device[1]["loss"]
+    assert metrics["loss"] != alone[1]["loss"]
 
 
-def test_only_what_clicks_read_is_trained(one_device):
+def test_only_what_clicks_read_is_trained(alone):
     config = config_of()
-    roots = {path[1] for path in one_device[0]}
+    roots = {path[1] for path in alone[0]}
     assert roots == {"tracker_neck", "prompt_encoder", "mask_decoder", "no_mem_embed"}
     changed = config.model_copy(update={"trainable": ("transformer.decoder.*",)})
     with pytest.raises(ConfigError, match="matches no layer"):
@@ -140,7 +140,7 @@ def arguments(data, output, **changes):
         "eval_every": 2, "save_every": 2, "data.flip": True, "evaluation.batch_size": 3, "clicks.rounds": 1,
         "clicks.valid_clicks": 3, "clicks.objects": 2, "clicks.mask_resolution": "prediction", **changes,
     }  # fmt: skip
-    return [w for w in words(settings, MODEL) if not w.startswith("lora.")]
+    return [w for w in words(settings, MODEL) if not w.startswith("lora.targets")]
 
 
 @pytest.fixture(scope="module")
