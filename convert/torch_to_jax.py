@@ -17,6 +17,7 @@ from convert.files import Checkpoint, read_checkpoint
 from convert.layouts import FLOATS
 from convert.names import Layout, Sorted, mixed_dtypes, sort_tensors
 from convert.sizes import infer_config, missing_dead
+from convert.values import refuse_broken, value_notes
 from convert.weights import ConversionError, flax_tensors, misfits, narrowed, report
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer, build_clip_tokenizer
@@ -82,6 +83,7 @@ def torch_to_jax(
     leaves = flax_tensors(
         found.live, reading.config, carried=carried, surplus=found.unknown, stored=found.stored
     )
+    notes += refuse_broken(found.live, carried)
     text, origin = find_tokenizer(reading.config, tokenizer or reading.checkpoint.tokenizer)
     layout = reading.sorted.layout
     source = {
@@ -183,6 +185,7 @@ def describe(
         f"dtypes: {_dtypes({**live, **carried}, None)}",
         f"size: {size_line(reading.config)}",
         *reading.notes,
+        *value_notes(live, carried),
         *([f"PROBLEM: {report(problems)}"] if any(problems.values()) else []),
     ]
 
