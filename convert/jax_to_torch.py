@@ -27,10 +27,14 @@ from convert.weights import torch_tensors
 from sam3jax.config import ModelConfig
 from sam3jax.files import FileError, refuse_to_replace, whole
 from sam3jax.weights.model_folder import ModelFolder, is_model_folder
+from sam3jax.weights.names import PROJECTION, TEXT, carried_shapes
 from sam3jax.weights.parts import common_dtype, official_name
 from sam3jax.weights.tensor_file import Tensor, is_float, stream_tensors
+from sam3jax.weights.tracker_names import NECK
 
 _WEIGHTS = "model.safetensors"
+_MANY = 40  # names that a person may read in a sentence
+PROJECTION_NAME = f"{TEXT}.encoder.text_projection"
 # All that a transformers export can be made of.
 _NAMES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", _WEIGHTS,
@@ -95,12 +99,19 @@ def assemble(
         inside[name] = inside[name].astype(np.dtype(dtype))
     tuned = {name: inside.pop(name) for name in list(inside) if tracker.is_tracker(name)}
     others = {} if detector_only else _beside(carried, tuned)
-    neck = {n: t for n, t in others.items() if n.startswith(tracker.NECK_OFFICIAL)}
+    neck = {n: t for n, t in others.items() if n.startswith(tracker.NECKS)}
     outside = {n: t for n, t in others.items() if n not in neck}
-    before = _prefix(folder, layout, bool(outside)) if prefix is None else prefix
+    multiplex = tracker.is_multiplex(carried)
+    translated, rest = tracker.to_huggingface(neck | outside)
+    tracked = bool(outside if layout == "official" else translated)
+    before = _prefix(folder, layout, tracked) if prefix is None else prefix
     wrapper = before.removesuffix(DETECTOR[layout])
     used = set(inside) | set(others)
     if layout == "official":
+        if multiplex:  # it has no fourth level, and what it leaves out nobody missed
+            absent = carried_shapes(config).keys() - carried.keys()
+            absent |= {n for n in inside if n.startswith(f"{NECK}.3.")}
+            inside = {n: t for n, t in inside.items() if n not in absent}
         inside |= neck | _rope(config, carried)
         used |= set(inside) | {CLASS_POSITION}
         alien = {
@@ -112,8 +123,13 @@ def assemble(
         }
         rest = alien
     else:
+        projection = inside[PROJECTION_NAME]
+        if len(projection.shape) != 2 or projection.shape[0] != config.text_dim:
+            # SAM 3.1 may have another one, which transformers would refuse to load. Nothing reads it.
+            rest[PROJECTION_NAME] = projection
+            zeros = np.zeros((config.text_dim, PROJECTION), projection.dtype)
+            inside[PROJECTION_NAME] = Tensor.of(zeros)
         inside, dropped = to_huggingface(inside)
-        translated, rest = tracker.to_huggingface(neck | outside)
         out = {before + name: t for name, t in inside.items()}
         buffers = {n: t for n, t in carried.items() if n.startswith(DETECTOR[layout])}
         out |= {before + n.removeprefix(DETECTOR[layout]): t for n, t in buffers.items()}
@@ -143,8 +159,12 @@ def _beside(carried: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[s
 
 
 def _kinds(names: Iterable[str]) -> list[str]:
-    """The names, layer numbers aside, each once."""
-    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    """The names, layer numbers aside, each once; only how they begin where they are many."""
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    if len(kinds) <= _MANY:
+        return kinds
+    begin = dict.fromkeys(".".join(kind.split(".")[:3]) for kind in kinds)
+    return [name if name in kinds else f"{name}.*" for name in begin]
 
 
 def _outside(name: str, before: str, wrapper: str) -> str:
@@ -162,6 +182,14 @@ def _prefix(folder: ModelFolder, layout: str, tracked: bool) -> str:
 def _rope(config: ModelConfig, carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored tables where they are of this picture size, else new ones."""
     tables = rope_tables(config)
+    if any(name.endswith("freqs_cis_real") for name in carried):
+        whole = {name: table.read() for name, table in tables.items()}
+        tables = {
+            f"{n}_real": Tensor.of(np.ascontiguousarray(np.real(x))) for n, x in whole.items()
+        }
+        tables |= {
+            f"{n}_imag": Tensor.of(np.ascontiguousarray(np.imag(x))) for n, x in whole.items()
+        }
     stored = {name: carried[name] for name in tables if name in carried}
     return {
         name: stored[name] if name in stored and stored[name].shape == t.shape else t

@@ -31,7 +31,8 @@ TRACKER = {"official": ("tracker.",), "huggingface": ("tracker_model.", "tracker
 CLASS_POSITION = f"{VIT}.pos_embed.class_position"  # the row of pos_embed that transformers drops
 # Buffers that some versions of transformers store; carried, for the way back only.
 _COMPUTED = re.compile(r"\.(position_ids|rotary_emb\.\w+|inv_freq)$")
-_FREQS = re.compile(r"\.blocks\.\d+\.attn\.freqs_cis$")
+# SAM 3.1 stores the two parts of the complex tables apart.
+_FREQS = re.compile(r"\.blocks\.\d+\.attn\.freqs_cis(_real|_imag)?$")
 INTERACTIVE = "inst_interactive_predictor."
 
 _LIVE_ROOTS = {
@@ -79,7 +80,7 @@ def sort_tensors(
 ) -> Sorted:
     """Tell the layout of a checkpoint and sort its tensors; `beside` are those an export kept aside.
 
-    Raises FileError, by name, for SAM, SAM 2 and SAM 3.1 checkpoints, trackers and anything else.
+    Raises FileError, by name, for SAM and SAM 2 checkpoints, trackers and anything else.
     """
     tensors = _unwrapped(tensors)
     wrapper = _wrapper(tensors)
@@ -116,14 +117,14 @@ def sort_tensors(
     live: dict[str, Tensor] = {}
     for name, tensor in inside.items():
         template = _official_template(name)
-        if name.startswith(tracker.NECK_OFFICIAL) or _FREQS.search(name) or template in _dead():
+        if name.startswith(tracker.NECKS) or _FREQS.search(name) or template in _dead():
             carried[name] = tensor
         elif template in _live():
             live[name] = tensor
         else:
             unknown.append(wrapper + detector + name)
     layout = Layout(kind, wrapper, detector, doubled)
-    return Sorted(layout, live, beside | carried, tuple(unknown), stored)
+    return Sorted(layout, live, carried | beside, tuple(unknown), stored)
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -231,11 +232,6 @@ def _pieces(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[int, Tensor]]
 def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
     """The layout and the detector's prefix, or FileError with what it is instead."""
     joined = "\n" + "\n".join(bare)
-    if re.search(r"interactive_convs\.|propagation_convs\.|multiplex", joined):
-        raise FileError(
-            "this is a SAM 3.1 checkpoint (it has the multiplex tracker's three necks); this program reads "
-            "SAM 3: take sam3.pt or model.safetensors from the repository facebook/sam3"
-        )
     if adapters := len(re.findall(r"\.lora_A\.", joined)):
         raise FileError(_adapters(adapters, alone=".base_layer." not in joined))
     if found := _detector(bare):
