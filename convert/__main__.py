@@ -58,7 +58,8 @@ def _jax_to_torch(o: argparse.Namespace) -> list[str]:
     if o.adapter:
         return export_adapter(source, o.out, o.base)
     return export(
-        source, o.out, layout=o.layout, dtype=o.dtype, prefix=o.prefix, detector_only=o.detector_only, base=o.base
+        source, o.out, layout=o.layout, dtype=o.dtype, prefix=o.prefix, detector_only=o.detector_only, base=o.base,
+        compare=o.compare,
     )  # fmt: skip
 
 

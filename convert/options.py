@@ -71,6 +71,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--base", help="the model that was trained, as others find it, for example facebook/sam3"
     )
 
+    command.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PICTURE",
+        help="measure on these how answers differ where the export is opened",
+    )
+
     command = commands.add_parser(
         "inspect", help="what a checkpoint, model folder or run folder holds"
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from convert.adapters import Adapters, merge
+from convert.differences import warnings
 from convert.jax_to_torch import assemble
 from convert.model_card import CARD, base_name, model_card
 from convert.sources import Source
@@ -53,6 +54,7 @@ def export_adapter(source: Source, out: str | Path, base: str | None = None) -> 
     name = base_name(source, base)
     card = model_card(source, base, adapter=True)
     lines = write_adapter(out, source.adapters, config, name, saved, card)
+    lines += warnings(config, "huggingface")
     if not base:
         lines.append(f"base: {name}; --base names it as others find it, for example facebook/sam3")
     return lines

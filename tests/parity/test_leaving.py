@@ -12,14 +12,19 @@ pytest.importorskip("sam3", reason="seeded weights come from the first oracle")
 peft = pytest.importorskip("peft", reason="adapters are read by peft")
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="reads model cards")
 
+from PIL import Image
+
 from convert.__main__ import main
+from convert.differences import measured
 from convert.model_card import model_card
 from convert.sources import open_source
 from sam3jax.config import load_config
 from sam3jax.weights.lora import merge_lora
 from tests import torch_reference as reference
-from tests.parity.test_convert import load, run, run_folder
-from tests.parity.test_huggingface import close, example, ours, theirs
+from tests.bridge import inputs
+from tests.bridge import published as as_published
+from tests.parity.test_convert import load, run, run_folder, small_vocabulary
+from tests.parity.test_huggingface import close, compiled, example, ours, theirs
 
 SIZE = reference.Size(vocabulary=1024, text_length=16)
 DECODER, VISION = "transformer.decoder", "backbone.vision_backbone"
@@ -29,11 +34,13 @@ TRAINABLE = [
     f"{DECODER}.query_embed.weight", f"{DECODER}.layers.0.linear1.weight", f"{DECODER}.layers.1.self_attn.q_proj.weight",
     f"{VISION}.trunk.pos_embed", "backbone.language_backbone.resizer.*", f"{VISION}.convs.1.*",
 ]  # fmt: skip
+FOR_TRANSFORMERS = {"geometry_without_boxes": False, "clamp_presence": True}
 RUNS = {
     "LoRA": dict(lora={"rank": 3}),
     "LoRA and parameters": dict(lora={"rank": 3}, trainable=TRAINABLE),
     "everything": dict(train="all"),
     "bfloat16 base": dict(lora={"rank": 3}),
+    "for transformers": dict(lora={"rank": 3}, model=FOR_TRANSFORMERS),
 }
 
 
@@ -76,7 +83,9 @@ def config_of(run_path):
 def test_a_run_opened_in_transformers_and_peft_answers_as_here(tmp_path, bases, tuned, kind):
     path, variables = tuned[kind]
     config = config_of(path)
-    e = example(config)
+    if kind == "for transformers":
+        assert config == load_config(path / "config.yaml").model
+    e = example(config, boxes=False)
     expected = ours(config, variables, e)
     run("jax-to-torch", "--src", path, "--out", tmp_path / "hf", "--layout", "huggingface")
     merged = transformers.Sam3Model.from_pretrained(tmp_path / "hf").eval()
@@ -148,3 +157,68 @@ def test_adapters_that_are_not_all_that_was_learned_are_refused(tmp_path, bases,
         assert main(["jax-to-torch", "--src", str(source), "--out", str(out), "--adapter"]) == 2
         assert sentence in capsys.readouterr().err
         assert not out.exists()
+
+
+def test_an_official_export_opened_with_sam3_answers_as_here(tmp_path, tuned):
+    path, variables = tuned["LoRA and parameters"]
+    run(
+        "jax-to-torch", "--src", path, "--out", tmp_path / "o.pt", "--prefix", "", "--detector-only"
+    )
+    detector = reference.detector(SIZE, seed=11)
+    detector.load_state_dict(load(tmp_path / "o.pt"), strict=True)
+    e = reference.example(SIZE, seed=5, images=3, prompts=1, box_prompts=0)
+    with small_vocabulary(detector):
+        out, _ = reference.forward(detector, e, train=False)
+        images, tokens, prompts = inputs(detector, e)
+    config = load_config(path / "config.yaml").model
+    found = as_published(compiled(config)(variables, images, tokens, prompts), False)
+    for name, expected in reference.stacked(out).items():
+        atol = 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "warned"),
+    [
+        ("LoRA", "huggingface", "transformers leaves the geometry encoder out"),
+        ("LoRA", "official", None),
+        ("for transformers", "huggingface", None),
+        ("for transformers", "official", "sam3 runs the geometry encoder"),
+    ],
+)
+def test_an_export_says_where_answers_will_differ(tmp_path, tuned, capsys, kind, layout, warned):
+    run(
+        "jax-to-torch",
+        "--src",
+        tuned[kind][0],
+        "--out",
+        tmp_path / "x.safetensors",
+        "--layout",
+        layout,
+    )
+    said = capsys.readouterr().out
+    assert ("WARNING" in said) == bool(warned)
+    assert warned is None or warned in said
+
+
+def test_the_difference_is_measured_on_pictures(tmp_path, tuned):
+    """What is said of the scores is what the two models of transformers and of ours give."""
+    path, variables = tuned["LoRA"]
+    source = open_source(path)
+    assert source.training
+    found = dataclasses.replace(source.training.run, thresholds={"red circle": 0.5})
+    source = dataclasses.replace(source, training=dataclasses.replace(source.training, run=found))
+    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "p.png")
+    [said] = measured(source, "huggingface", [tmp_path / "p.png"])
+    tokens = found.tokenizer(["red circle"]).astype(np.int64)
+    images = (noise.transpose(2, 0, 1)[None] / 127.5 - 1).astype(np.float32)
+    e = {**example(config_of(path), pairs=1, boxes=False), "images": images, "tokens": tokens}
+    scores = []
+    for config in (load_config(path / "config.yaml").model, config_of(path)):
+        out = ours(config, variables, e)
+        sigmoid = lambda x: 1 / (1 + np.exp(-x))
+        presence = sigmoid(np.ravel(out["presence_logit_dec"])[-1])
+        scores.append(sigmoid(np.ravel(out["pred_logits"])) * presence)
+    assert f"differ by up to {np.abs(scores[0] - scores[1]).max():.3f}" in said
+    assert f"{scores[0].max():.3f} here and {scores[1].max():.3f} there" in said
