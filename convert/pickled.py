@@ -15,6 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sam3jax.errors import UserError
+
 _STORAGES: dict[str, Any] = {
     "Float": np.float32, "Double": np.float64, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Long": np.int64,
     "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_,
@@ -45,7 +47,7 @@ _HARMLESS_NAMES = {
 _CODE_IN_HARMLESS = {"types.FunctionType", "types.CodeType", "types.LambdaType"}
 
 
-class CarriesCode(Exception):
+class CarriesCode(UserError):
     """The pickle wants to import something that is not known to hold values only."""
 
 

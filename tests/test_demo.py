@@ -10,6 +10,8 @@ from sam3jax.data.folders import read_dataset
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import annotation, write
 
+pytestmark = pytest.mark.slow
+
 PICTURES = {"data.shapes_train": 8, "data.shapes_valid": 4, "data.shapes_size": 96}
 SHORT = {"steps": 2, "batch_size": 4, "eval_every": 0, "evaluation.panels": 0, **PICTURES}
 

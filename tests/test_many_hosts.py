@@ -14,6 +14,8 @@ import pytest
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import write_small_shapes
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "batch_size": 4, "save_every": 2, "log_every": 1, "eval_every": 2, "lora.targets": list(DECODER),
     "optim.learning_rate": 1e-2, "optim.schedule": "constant", "optim.warmup_steps": 1,

@@ -27,7 +27,7 @@ MODEL = {**SMALL_MODEL, "mask_decoder_ffn": 32, "mask_decoder_iou_hidden": 16}
 # Objects of each picture: unequal over devices, one picture has none.
 OBJECTS = (1, 3, 0, 2, 3, 3, 1, 2)
 STEPS = 4
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 RATE = 2.0**20
 
 

@@ -15,6 +15,8 @@ from sam3jax.types import Prompts
 from sam3jax.video.chunks import ChunkOptions, VideoDetector, detect_frame, joint_logits
 from tests.batches import small_config, small_params
 
+pytestmark = pytest.mark.slow
+
 CONFIG = small_config()
 MODEL = Sam3(CONFIG.model)
 PROMPTS = 3
