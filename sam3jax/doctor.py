@@ -5,7 +5,7 @@ sheet of each split, a table of categories, histograms, and doctor.json with eve
 
 Exit code 0 where the data can be trained on, 2 with one line for each reason where they cannot.
 
---import converts YOLO, Pascal VOC, labelme, CVAT or mask folders into the COCO folder --out first.
+--import converts YOLO, Pascal VOC, labelme, CVAT, mask or Hugging Face folders into the COCO folder --out first.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def _list_settings(parser: Parser) -> None:
 
 DEMO = "configs/demo.yaml"
 CLIPS_DEMO = "configs/clips.yaml"
-IMPORTS = ("yolo", "voc", "labelme", "cvat", "masks")  # sam3jax.data.importers
+IMPORTS = ("yolo", "voc", "labelme", "cvat", "masks", "huggingface")  # sam3jax.data.importers
 PARSERS: dict[str, Callable[[Parser], None]] = {
     "train": _train,
     "evaluate": _evaluate,

@@ -21,9 +21,9 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3jax.data.folders import PICTURES, is_hidden
+from sam3jax.data.folders import PICTURES, is_hidden, is_picture
 from sam3jax.data.names import phrase_key
-from sam3jax.data.pictures import DataError, open_rgb
+from sam3jax.data.pictures import DataError, Reading, open_rgb, read_header
 from sam3jax.data.prompts import VISUAL
 from sam3jax.errors import exit_status, plain
 from sam3jax.files import make_folder, write_json
@@ -50,7 +50,7 @@ def find_pictures(patterns: Iterable[str]) -> list[Path]:
         if path.is_dir():
             files = [
                 f for f in path.rglob("*")
-                if f.suffix.lower() in PICTURES and f.is_file()
+                if is_picture(f) and f.is_file()
                 and not any(is_hidden(part) for part in (f, *f.parents) if path in part.parents)
             ]  # fmt: skip
             what = "holds no picture (" + " ".join(sorted(PICTURES)) + ")"
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
     if film:
         chunk = ChunkOptions()._replace(frames_per_device=options.frames_per_device)
         asked = predictor.of_videos(threshold=options.threshold, options=chunk)
-        return int(bool(predict_videos(asked, files, options, output)))
+        return int(bool(predict_videos(asked, files, options, output, predictor.reading)))
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")
@@ -154,12 +154,14 @@ def predict_files(
     write_json(output / PREDICTIONS, record)  # so that a call cut short can be repeated
     failed = 0
     ask = dict(boxes=options.box, negative_boxes=options.negative_box, threshold=options.threshold)
-    for group in _groups(_read_ahead(files), predictor.at_once):
+    for group in _groups(_read_ahead(files, predictor.reading), predictor.at_once):
         for number, file, picture, found in _find(predictor, group, phrases, ask):
             if isinstance(found, ValueError):
                 failed += 1
                 print(f"{plain(file)}: {plain(found)}", file=sys.stderr)
                 continue
+            if (frames := read_header(file).frames) > 1:
+                print(f"{plain(file)}: the first of {frames} frames is looked at", file=sys.stderr)
             width, height = picture.size
             image = {"id": number, "file_name": str(file), "width": width, "height": height}
             record["images"].append(image)
@@ -202,12 +204,12 @@ def _find(
         yield number, file, picture, found[number]
 
 
-def _read_ahead(files: Sequence[Path]) -> Iterator[Read]:
+def _read_ahead(files: Sequence[Path], reading: Reading) -> Iterator[Read]:
     """Pictures by number, or the error of each; the next is decoded while this one is looked at."""
 
     def read(file: Path) -> Image.Image | DataError:
         try:
-            return open_rgb(file)
+            return open_rgb(file, reading=reading)
         except DataError as error:
             return error
 

@@ -43,7 +43,7 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
     failed = 0
     for number, file in enumerate(files, start=1):
         try:
-            picture = open_rgb(file)
+            picture = open_rgb(file, reading=predictor.reading)
         except DataError as error:
             failed += 1
             print(f"{file}: {error}", file=sys.stderr)

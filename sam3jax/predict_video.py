@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from sam3jax.data.frames import Film, FrameFiles, is_film, open_frames
-from sam3jax.data.pictures import DataError
+from sam3jax.data.pictures import DEFAULT, DataError, Reading
 from sam3jax.errors import plain
 from sam3jax.files import make_folder, write_json
 from sam3jax.video.predictor import VideoPredictor
@@ -46,8 +46,12 @@ def predict_videos(
     paths: Sequence[str | Path],
     options: argparse.Namespace,
     output: Path,
+    reading: Reading = DEFAULT,
 ) -> int:
-    """Ask every phrase of every video and write the files; how many videos failed, each named."""
+    """Ask every phrase of every video and write the files; how many videos failed, each named.
+
+    reading: how frames that are pictures become pixels.
+    """
     named = video_folders(map(Path, paths))
     make_folder(output)
     write_json(
@@ -56,7 +60,7 @@ def predict_videos(
     failed = 0
     for path, name in zip(paths, named, strict=True):
         try:
-            frames = open_frames(path)
+            frames = open_frames(path, reading)
             folder = make_folder(output / name)
             print(
                 f"{plain(path)}: {predict_video(predictor, frames, options, folder)}; see {folder}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
@@ -22,6 +23,7 @@ from sam3jax.config import Config, load_config
 from sam3jax.errors import exit_status
 from sam3jax.options import parse
 from sam3jax.tasks import TASKS
+from sam3jax.training.first_batches import draw_first
 from sam3jax.training.log import RunLog, StepLog
 from sam3jax.training.mesh import (
     backend_of,
@@ -110,7 +112,10 @@ def train(config: Config) -> dict[str, Any]:
         steps = StepLog(log, config, SkippedSteps(config.max_skipped, int(state.skipped)))
         interruptions = ending.enter_context(Interruptions(config.save_minutes))
         for number in range(first + 1, config.steps + 1):
-            batch = put_batch(next(loader), task.batch_spec, mesh, micro)
+            batch = next(loader)
+            if number <= config.draw_batches and chief:
+                draw_first(number, partial(task.draw, data, batch), run, log, again=not first)
+            batch = put_batch(batch, task.batch_spec, mesh, micro)
             with jax.transfer_guard("disallow"):  # a hidden copy is an error
                 state, metrics = step(state, frozen, prepared, batch)
             steps.add(number, metrics)

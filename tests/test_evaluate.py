@@ -19,7 +19,9 @@ from sam3jax import evaluate
 from sam3jax.data.folders import read_dataset
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import vocabulary
+from sam3jax.data.records import Dataset
 from sam3jax.evaluation.ask import evaluate_dataset
+from sam3jax.evaluation.comparison import with_source_ids
 from sam3jax.inference.candidates import Candidates
 from sam3jax.inference.detector import Detector
 from sam3jax.inference.full_size import fetch
@@ -125,6 +127,16 @@ def test_the_command_compares_and_probes(run, folder, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "blue dog" in printed
     assert "probe" in printed
+
+
+def test_predictions_hold_the_ids_of_the_file():
+    results = [{"image_id": 0, "category_id": 5, "score": 1.0}, {"image_id": 3, "category_id": 7, "score": 0.5}]  # fmt: skip
+    sources = {"image": {0: "c1"}, "category": {5: 2.5, 7: "dog"}}
+    dataset = Dataset("d", (), {5: "cat", 7: "dog"}, source_ids=sources)
+    found = with_source_ids(results, dataset)
+    assert [r["source_ids"] for r in found] == [{"image": "c1", "category": 2.5}, {"category": "dog"}]  # fmt: skip
+    assert [{k: v for k, v in r.items() if k != "source_ids"} for r in found] == results
+    assert with_source_ids(results, Dataset("d", (), {})) == results
 
 
 def test_the_base_can_be_evaluated_alone(run, folder, monkeypatch):

@@ -116,7 +116,19 @@ def write_masks(root):
     (root / "classes.txt").write_text("background\nred cup\ndog\n")
 
 
-WRITERS = {"yolo": write_yolo, "voc": write_voc, "labelme": write_labelme, "cvat": write_cvat, "masks": write_masks}  # fmt: skip
+def write_huggingface(root):
+    pictures(root, ["train/a.png", "validation/b.png"])
+    both = {"bbox": [BOX, OTHER], "category": ["red cup", "dog"], "segmentation": [[OUTLINE], None]}
+    lines = {"train": ("a.png", both), "validation": ("b.png", {"bbox": [OTHER], "category": ["dog"]})}  # fmt: skip
+    for split, (name, objects) in lines.items():
+        line = json.dumps({"file_name": name, "objects": objects})
+        (root / split / "metadata.jsonl").write_text(f"{line}\n\n")
+
+
+WRITERS = {
+    "yolo": write_yolo, "voc": write_voc, "labelme": write_labelme, "cvat": write_cvat, "masks": write_masks,
+    "huggingface": write_huggingface,
+}  # fmt: skip
 
 
 def convert(kind, root, out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,12 +11,17 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3jax import predict
-from sam3jax.data.coco import parse_coco
+from sam3jax.data.coco import DataError, parse_coco
+from sam3jax.data.datasets import reading_of
+from sam3jax.data.frames import open_frames
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.evaluation.ask import evaluate_dataset
 from sam3jax.inference.detector import Detector
+from sam3jax.model import Interactive
 from sam3jax.predict import Predictor, PromptError, find_pictures
+from sam3jax.viewing import click_predictor
 from sam3jax.viewing import predictor as predictor_module
+from sam3jax.viewing.click_predictor import ClickPredictor
 from tests.small_run import small_run
 
 
@@ -162,6 +168,30 @@ def test_every_kind_of_picture_gives_the_result_of_its_pixels(predictor, tmp_pat
         found = predictor.predict("cat")
         assert (found.height, found.width) == (40, 50), name
         assert same(found, expected), name
+
+
+def test_pictures_are_read_as_the_run_read_them(run, tmp_path, monkeypatch):
+    """data.window, data.slices and data.max_megapixels hold for predict, for frames and for clicks too."""
+    values = np.arange(400, dtype=np.uint16).reshape(20, 20)
+    for k in (1, 2, 3):
+        Image.fromarray(values * k).save(tmp_path / f"scan_{k}.png")
+    data = run.config.data.model_copy(update={"window": (0.0, 2550.0), "slices": 3})
+    tuned = dataclasses.replace(run, config=run.config.model_copy(update={"data": data}))
+    want = np.rint(np.stack([values * k / 10 for k in (1, 2, 3)], -1))
+    monkeypatch.setattr(predictor_module, "read_run", lambda _: tuned)
+    ours = Predictor.from_run(run.path)
+    monkeypatch.setattr(ours._detector, "encode_image", lambda *_: None)
+    ours.set_image(tmp_path / "scan_2.png")
+    clicks = ClickPredictor(Interactive(run.config.model), {"params": {}}, ours.reading)
+    monkeypatch.setattr(click_predictor, "encode_picture", lambda *_: None)
+    clicks.set_image(tmp_path / "scan_2.png")
+    found = [ours.picture, clicks.picture, open_frames(tmp_path, ours.reading)[1]]
+    for picture in found:
+        assert np.abs(np.asarray(picture).astype(int) - want).max() <= 1
+    small = data.model_copy(update={"max_megapixels": 1e-4})
+    ours.reading = reading_of(small)
+    with pytest.raises(DataError, match=r"at most 0\.0001 are read"):
+        ours.set_image(tmp_path / "scan_2.png")
 
 
 def test_a_hundred_megapixels_give_masks_of_that_size(predictor, tmp_path, recwarn):

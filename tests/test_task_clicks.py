@@ -153,6 +153,7 @@ def undisturbed(data, tmp_path_factory):
 def test_a_run_folder_holds_what_it_should(undisturbed):
     assert sorted(losses(undisturbed)) == [1, 2, 3, 4]
     assert {p.name for p in undisturbed.glob("predictions/*/*.png")} == {"0.png"}
+    assert len(list(undisturbed.glob("batches/batch_*.png"))) == 3
     evaluation = json.loads((undisturbed / "evaluation.json").read_text())
     assert {"clicks/mIoU@1", "clicks/mIoU@3", "clicks/NoC@85", "clicks/boundary_F"} <= set(
         evaluation["metrics"]
@@ -167,7 +168,7 @@ def test_a_run_folder_holds_what_it_should(undisturbed):
 
 
 def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monkeypatch):
-    run, none = tmp_path / "killed", {"evaluation.panels": 0}
+    run, none = tmp_path / "killed", {"evaluation.panels": 0, "draw_batches": 0}
     with monkeypatch.context() as patch:
         before_step(patch, 4, kill)
         with pytest.raises(Killed):
@@ -175,6 +176,7 @@ def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monk
     assert max(losses(run)) < STEPS
     assert train.main(arguments(data, run, **none)) == 0
     assert not list(run.glob("predictions/*/*.png"))
+    assert not (run / "batches").exists()
     assert losses(run) == losses(undisturbed)
     for name in ("evaluation.json", "clicks.json"):
         before, after = (json.loads((r / name).read_text()) for r in (undisturbed, run))

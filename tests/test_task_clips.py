@@ -43,6 +43,7 @@ def test_a_run_validates_frames_and_draws_strips(undisturbed):
     last = json.loads((undisturbed / "summary.json").read_text())["final"]
     assert {"segm/AP50", "bbox/AP", "video/steadiness"} <= set(last)
     assert list(undisturbed.glob("predictions/*/*.png"))
+    assert len(list(undisturbed.glob("batches/batch_*.png"))) == 3
     found = losses(undisturbed)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert np.isfinite(list(found.values())).all()

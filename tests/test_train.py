@@ -38,7 +38,7 @@ def undisturbed(data, tmp_path_factory):
 def test_a_run_folder_holds_what_it_should(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
     expected = {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "predictions",
-                "summary.json", "evaluation.json", "report.html"}  # fmt: skip
+                "summary.json", "evaluation.json", "report.html", "batches"}  # fmt: skip
     assert expected <= names
     found = losses(undisturbed)
     assert sorted(found) == list(range(1, STEPS + 1))
@@ -49,6 +49,9 @@ def test_a_run_folder_holds_what_it_should(undisturbed):
     assert {"rate", "grad_norm", "loss_bbox", "loss_ce_aux_0_o2m", "mask_pairs"} <= set(first)
     assert list(undisturbed.glob("tensorboard/*tfevents*"))
     assert list(undisturbed.glob("predictions/*/*.png"))
+    assert {f.name for f in (undisturbed / "batches").iterdir()} == {
+        f"batch_{k}.png" for k in (1, 2, 3)
+    }
     config = load_config(undisturbed / "config.yaml")
     assert load_config(undisturbed / "config.yaml") == config
     assert dump_config(config) == (undisturbed / "config.yaml").read_text()

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam3jax.config import parse_config
 from sam3jax.data.coco import decode_mask
 from sam3jax.data.frames import Film, FrameFiles, open_frames
 from sam3jax.data.pictures import DataError
 from sam3jax.data.video_folders import read_videos
+from sam3jax.data.video_sets import open_videos
 from sam3jax.data.videos import describe_videos, rename_phrases
 from tests import video_folders as made
 
@@ -202,6 +204,18 @@ def test_frames_sort_by_number(tmp_path):
     frames = open_frames(tmp_path)
     assert [int(frames[k][0, 0, 0]) for k in range(3)] == [1, 9, 10]
     assert (frames.width, frames.height) == (4, 3)
+
+
+def test_frames_are_read_as_the_settings_say(tmp_path):
+    root = made.write_ytvis(tmp_path / "v")
+    files = sorted((root / "JPEGImages").rglob("*.*"))
+    with Image.open(files[0]) as first:
+        deep = np.full(first.size[::-1], 100, np.uint16)
+    for file in files:
+        Image.fromarray(deep).save(file, "PNG")
+    settings = {"task": "clips", "data": {"train": str(root), "window": [0, 200]}}
+    dataset, _, _ = open_videos(parse_config(settings))
+    assert np.unique(dataset.videos[0].frames[0]).tolist() == [128]
 
 
 @pytest.fixture(scope="module")

@@ -428,6 +428,12 @@ class Config(Section):
     log_every: int = Field(
         default=10, ge=1, le=BILLION, description="Steps from one line of the log to the next."
     )
+    draw_batches: int = Field(
+        default=3,
+        ge=0,
+        le=1000,
+        description="First training batches that are drawn into batches/, as the model sees them. 0: none.",
+    )
     keep: int = Field(
         default=2, ge=1, le=1_000_000, description="Newest checkpoints kept, beside the best one."
     )

@@ -8,6 +8,7 @@ and an error.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,29 @@ def _fits(box: Edges, extent: Edges, width: int, height: int) -> bool:
         if abs(min(max(a, 0), most) - min(max(b, 0), most)) > slack:
             return False
     return True
+
+
+def convention(
+    boxes: Sequence[Box], sizes: Sequence[tuple[int, int]], source: str
+) -> tuple[str, list[Box]] | None:
+    """(name, boxes as COCO has them) where boxes are clearly corners; None where they are COCO's already.
+
+    sizes: width and height of each box's picture. Raises DataError where they are something else.
+    """
+    if not boxes:
+        return None
+    rows, pixels = np.array(boxes, np.float64), np.array(sizes, np.float64)
+    BoxJudge._check_shares("boxes", rows, pixels, source)
+    over = ~_inside(_corners(rows), pixels) & (rows[:, 2:] > 0).all(1)
+    if over.mean() < _OVER:
+        return None
+    fits = [n for n, edges in _readings(rows, pixels).items() if _inside(edges, pixels).all()]
+    name = "corners (left, top, right, bottom)"
+    if name in fits and "centre x, centre y, width, height" not in fits:
+        edges = np.concatenate([rows[:, :2], rows[:, 2:] - rows[:, :2]], 1)
+        return name, [tuple(box) for box in edges.tolist()]
+    BoxJudge._check_edges(rows, pixels, source)
+    return None
 
 
 class BoxJudge:

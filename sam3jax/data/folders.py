@@ -26,7 +26,7 @@ from sam3jax.data.records import ImageRecord
 
 PICTURES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-    + (".heic", ".heif", ".avif", ".dcm", ".nii")
+    + (".heic", ".heif", ".avif", ".dcm", ".dicom", ".nii")
 )
 _VALID = ("valid", "val", "validation")
 _ALIASES = {"valid": _VALID, "val": _VALID, "train": ("train", "training")}
@@ -40,6 +40,11 @@ DEFAULT_SPLITS = ("train", "valid", ONLY)  # what is asked of such a folder with
 def is_hidden(path: Path) -> bool:
     """Whether macOS or an editor left the file or folder there: ._x, .vscode, __MACOSX."""
     return path.name.startswith(".") or path.name == _MACOS
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a name is that of a picture, or of a volume of slices."""
+    return path.suffix.lower() in PICTURES or path.name.lower().endswith(".nii.gz")
 
 
 def find_splits(path: str | Path) -> dict[str, Path]:
@@ -65,11 +70,13 @@ def find_splits(path: str | Path) -> dict[str, Path]:
             named = {n: f for n, f in named.items() if (kind := _kind(n)) and kind not in taken}
         splits |= named
         taken |= {_kind(name) for name in named}
-    if not splits:
+    # Other formats have JSON files too. Without one of them, what is wrong with a file is said when it is read.
+    other = "" if any(map(looks_like_coco, splits.values())) else formats.hint(root)
+    if other or not splits:
         raise DataError(
             f"no COCO annotations in {root}: expected train/_annotations.coco.json (Roboflow), "
             f"annotations/instances_train*.json (classic COCO), or one .json beside the pictures"
-            f"{formats.hint(root)}"
+            f"{other}"
         )
     return splits
 
@@ -246,5 +253,5 @@ def _note_unlisted(dataset: Dataset, folder: Path) -> None:
         return
     for name in sorted(set(os.listdir(folder)) - listed):
         path = Path(name)
-        if path.suffix.lower() in PICTURES and not is_hidden(path):
+        if is_picture(path) and not is_hidden(path):
             dataset.problems.add("picture in the folder but not in the JSON (not used)", name)

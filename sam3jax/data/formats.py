@@ -9,7 +9,7 @@ _LOOKED_AT = 2000  # files below a folder
 
 
 def recognise(root: Path) -> str | None:
-    """yolo, voc, labelme, cvat, masks or video; None for what is none of them."""
+    """yolo, voc, labelme, cvat, masks, huggingface or video; None for what is none of them."""
     folders = {p.name.lower() for p in root.iterdir() if p.is_dir()}
     files = [p for p in itertools.islice(root.rglob("*"), _LOOKED_AT) if p.is_file()]
     names = {p.name.lower() for p in files}
@@ -18,6 +18,8 @@ def recognise(root: Path) -> str | None:
         return "video"  # DAVIS; YouTube-VOS has no ImageSets, but a meta.json
     if "meta.json" in names and "jpegimages" in folders:
         return "video"
+    if {"dataset_dict.json", "state.json", "metadata.jsonl"} & names or ".parquet" in suffixes:
+        return "huggingface"
     described = {"data.yaml", "data.yml", "dataset.yaml", "classes.txt"} & names
     if any(_is_yolo(p) for p in files if p.suffix.lower() == ".txt") and (
         described or "labels" in folders or "images" in folders

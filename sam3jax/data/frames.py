@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sam3jax.data.folders import PICTURES
-from sam3jax.data.pictures import DataError, displayed_size, open_rgb
+from sam3jax.data.pictures import DEFAULT, DataError, Reading, displayed_size, open_rgb
 
 FILMS = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
 _SKIP = 32  # frames decoded and dropped rather than sought
@@ -36,19 +36,24 @@ class Frames(Protocol):
 
 
 class FrameFiles(Sequence[np.ndarray]):
-    """Pictures of one size in their order; the first one's header says which size."""
+    """Pictures of one size in their order; the first one's header says which size.
 
-    def __init__(self, files: Sequence[Path], rate: float = _DEFAULT_RATE) -> None:
+    reading: how files become pixels.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], rate: float = _DEFAULT_RATE, reading: Reading = DEFAULT
+    ) -> None:
         if not files:
             raise DataError("a video without a frame: give at least one picture")
-        self.files, self.rate = tuple(files), rate
+        self.files, self.rate, self.reading = tuple(files), rate, reading
         self.width, self.height = displayed_size(self.files[0])
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        picture = open_rgb(self.files[number])
+        picture = open_rgb(self.files[number], reading=self.reading)
         if picture.size != (self.width, self.height):
             raise DataError(
                 f"frame {self.files[number]} is {picture.size[0]} x {picture.size[1]} pixels, the "
@@ -136,7 +141,7 @@ class Film(Sequence[np.ndarray]):
         self._decoder = iter(self._container.decode(stream))
 
 
-def open_frames(path: str | Path) -> FrameFiles | Film:
+def open_frames(path: str | Path, reading: Reading = DEFAULT) -> FrameFiles | Film:
     """A folder of pictures, one picture, or a film. Raises DataError."""
     path = Path(path).expanduser()
     if path.is_dir():
@@ -146,9 +151,9 @@ def open_frames(path: str | Path) -> FrameFiles | Film:
                 f"folder {path} holds no frame ({' '.join(sorted(PICTURES))}): give the folder in "
                 f"which the pictures lie, or a film"
             )
-        return FrameFiles(sorted(files, key=by_number))
+        return FrameFiles(sorted(files, key=by_number), reading=reading)
     if path.suffix.lower() in PICTURES and path.is_file():
-        return FrameFiles([path])
+        return FrameFiles([path], reading=reading)
     return Film(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import struct
 import warnings
 import zlib
@@ -125,6 +126,15 @@ def read_picture(
 def displayed_size(file: Path) -> tuple[int, int]:
     """Width and height as displayed, from the file's header."""
     return read_header(file).displayed
+
+
+def size_of_bytes(content: bytes, name: str) -> tuple[int, int]:
+    """`displayed_size` of a file in memory, which messages call `name`."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return Header(image.size, _orientation(image)).displayed
+    except _BROKEN as error:
+        raise _unreadable(Path(name), error) from error
 
 
 def read_header(file: Path, megapixels: float = MOST_MEGAPIXELS) -> Header:

@@ -102,8 +102,11 @@ def move_mask(transform: Transform, mask: np.ndarray) -> np.ndarray:
         return canvas
     box = (left + x0 * step_x, top + y0 * step_y, left + x1 * step_x, top + y1 * step_y)
     box = (*np.maximum(box[:2], 0), *np.minimum(box[2:], mask.shape[::-1]))
-    picture = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
-    part = picture.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box)
+    # Masks of COCO run down the columns. Pillow wants rows: only the instance is copied into them.
+    pixels = np.zeros(mask.shape, np.uint8)
+    inside = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    np.multiply(mask[inside], np.uint8(255), out=pixels[inside])
+    part = Image.fromarray(pixels).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box)
     resized = np.zeros(transform.size[::-1], bool)
     resized[y0:y1, x0:x1] = np.asarray(part) >= 128
     return _put(transform, resized, canvas)

@@ -14,13 +14,13 @@ from PIL import Image
 
 from sam3jax.config import Config
 from sam3jax.data.clips import Sampling, frame_record, phrases_of_videos, usable
-from sam3jax.data.datasets import check_training
+from sam3jax.data.datasets import check_training, reading_of
 from sam3jax.data.frames import Frames
 from sam3jax.data.ledger import DataError, Ledger
 from sam3jax.data.moving_shapes import moving_shapes_dataset
 from sam3jax.data.records import Dataset, ImageRecord
 from sam3jax.data.video_folders import read_videos
-from sam3jax.data.videos import VideoDataset, annotation_of_rle, rename_phrases
+from sam3jax.data.videos import VideoDataset, annotation_of_rle, read_as, rename_phrases
 
 _SHAPES = "shapes"  # what data.train says for generated videos
 
@@ -129,7 +129,7 @@ def _read(config: Config, path: str, split: str) -> VideoDataset:
     data = config.data
     if path == _SHAPES:
         return moving_shapes_dataset(split, data, config.clips.generated_frames)
-    dataset = read_videos(path, split)
+    dataset = read_as(read_videos(path, split), reading_of(data))
     if data.limit is not None:
         dataset = replace(dataset, videos=dataset.videos[: data.limit])
     named = set(data.phrases) & set(dataset.categories.values())

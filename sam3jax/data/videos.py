@@ -14,7 +14,7 @@ from pycocotools import mask as rle_codec
 
 from sam3jax.data.coco import Annotation
 from sam3jax.data.frames import Film, FrameFiles
-from sam3jax.data.pictures import DataError
+from sam3jax.data.pictures import DataError, Reading
 
 VOID = 255  # of palette masks: a pixel of which nobody knows what it is
 
@@ -94,6 +94,18 @@ def rename_phrases(dataset: VideoDataset, phrases: Mapping[str, str]) -> VideoDa
         )
     names = {i: phrases.get(name, name) for i, name in dataset.categories.items()}
     return replace(dataset, categories=names)
+
+
+def read_as(dataset: VideoDataset, reading: Reading) -> VideoDataset:
+    """The same data with frames that are pictures read in this way."""
+
+    def video_as(video: Video) -> Video:
+        frames = video.frames
+        if not isinstance(frames, FrameFiles):
+            return video
+        return replace(video, frames=FrameFiles(frames.files, frames.rate, reading))
+
+    return replace(dataset, videos=tuple(map(video_as, dataset.videos)))
 
 
 def annotation_of_mask(mask: np.ndarray, object_id: int, category_id: int) -> Annotation | None:

@@ -27,11 +27,11 @@ def write_evaluation(
     about: what goes on top of evaluation.json: run, step, weights, threshold (for drawing).
     """
     report = {**about, **summary(tuned, dataset)}
-    write_json(output / "predictions.json", tuned.predictions)
+    write_json(output / "predictions.json", with_source_ids(tuned.predictions, dataset))
     if base is not None:
         report["base"] = summary(base, dataset)
         report["compare"] = compare(report["base"], report)
-        write_json(output / "base_predictions.json", base.predictions)
+        write_json(output / "base_predictions.json", with_source_ids(base.predictions, dataset))
         chosen = report["compare"]["pictures"]
         draw_comparison(
             dataset, chosen, base.predictions, tuned.predictions, about["threshold"],
@@ -39,6 +39,22 @@ def write_evaluation(
         )  # fmt: skip
     write_json(output / "evaluation.json", report)
     return report
+
+
+def with_source_ids(
+    results: Sequence[Mapping[str, Any]], dataset: Dataset
+) -> list[Mapping[str, Any]]:
+    """COCO results; where the file's own ids were numbered, `source_ids` holds them beside the numbers."""
+    kinds = {kind: found for kind, found in dataset.source_ids.items() if found}
+    if not kinds:
+        return list(results)
+
+    def one(result: Mapping[str, Any]) -> Mapping[str, Any]:
+        numbers = {kind: result[f"{kind}_id"] for kind in kinds}
+        own = {kind: kinds[kind][n] for kind, n in numbers.items() if n in kinds[kind]}
+        return {**result, "source_ids": own} if own else result
+
+    return [one(result) for result in results]
 
 
 def summary(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:

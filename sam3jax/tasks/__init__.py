@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
+from PIL import Image
 
 from sam3jax.config import Config
 from sam3jax.data.tokenizer import Tokenizer
@@ -43,6 +44,10 @@ class Task(Protocol):
 
     def loader(self, data: Any, **process: Any) -> Any:
         """Endless numpy batches of static shapes: `data.loader.TrainLoader`, with a state to resume from."""
+        ...
+
+    def draw(self, data: Any, batch: Any) -> Image.Image:
+        """A training batch as the loader gives it, with everything that is asked, for people to look at."""
         ...
 
     def prepare(self, trainable: Tree, frozen: Tree, data: Any) -> tuple[Any, Tree]:

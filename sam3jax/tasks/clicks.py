@@ -30,6 +30,7 @@ from sam3jax.model import Interactive
 from sam3jax.tasks.click_training import training_rounds
 from sam3jax.tasks.validated import Validated
 from sam3jax.types import AXIS, ClickBatch
+from sam3jax.viewing.batches import draw_click_batch
 from sam3jax.viewing.click_panels import click_panel
 from sam3jax.weights.scope import CLICKS
 from sam3jax.weights.tree import Tree
@@ -72,6 +73,10 @@ class Clicks:
 
     def loader(self, data: ClicksData, **process: int) -> TrainLoader:
         return make_click_loader(data.train, self.config, **process)
+
+    def draw(self, data: ClicksData, batch: ClickBatch) -> Image.Image:
+        records = data.train.images
+        return draw_click_batch(batch, lambda k: records[int(batch.image_id[k])].file.name)
 
     def prepare(self, trainable: Tree, frozen: Tree, data: ClicksData) -> tuple[None, Tree]:
         """Nothing to compute; the detector's own layers leave."""

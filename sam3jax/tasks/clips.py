@@ -31,6 +31,7 @@ from sam3jax.losses.totals import Totals, count_totals
 from sam3jax.tasks.detection import Detection, DetectionData, asked, encode_asked, forward
 from sam3jax.tasks.validated import Validated
 from sam3jax.types import AXIS, ClipBatch, TextFeatures
+from sam3jax.viewing.batches import draw_batch
 from sam3jax.viewing.draw import found_instances, true_instances
 from sam3jax.viewing.film import evenly, strip
 from sam3jax.weights.tree import Tree
@@ -75,6 +76,10 @@ class Clips(Detection):
         return make_clip_loader(
             data.train, data.phrases, data.tokens, self.config, sampling, **process
         )
+
+    def draw(self, data: Any, batch: Any) -> Image.Image:
+        title = lambda k: f"clip {int(batch.clip[k])}, frame {int(batch.frame[k])} of its video"
+        return draw_batch(batch, data.phrases, title)
 
     def count(self, batch: Any) -> Totals:
         edge = 4 * self.config.model.grid

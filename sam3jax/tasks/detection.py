@@ -28,6 +28,7 @@ from sam3jax.losses.totals import Totals, count_totals
 from sam3jax.model import Sam3
 from sam3jax.tasks.validated import Validated
 from sam3jax.types import AXIS, Batch, Outputs, Prompts, TextFeatures
+from sam3jax.viewing.batches import draw_batch
 from sam3jax.viewing.draw import dataset_panel
 from sam3jax.weights.trainable import merge, touches, without_text_tower
 from sam3jax.weights.tree import Tree
@@ -74,6 +75,10 @@ class Detection:
         return make_train_loader(
             data.train, data.phrases, data.tokens, self.config, valid=data.valid, **process
         )
+
+    def draw(self, data: DetectionData, batch: Batch) -> Image.Image:
+        records = data.train.images
+        return draw_batch(batch, data.phrases, lambda k: records[int(batch.image_id[k])].file.name)
 
     def prepare(
         self, trainable: Tree, frozen: Tree, data: DetectionData

@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image
 
 from sam3jax.data import transforms
+from sam3jax.data.datasets import reading_of
+from sam3jax.data.pictures import DEFAULT, Reading
 from sam3jax.inference.clicking import Answers, Variables, decode, encode_picture
 from sam3jax.model import Interactive
 from sam3jax.types import ClickFeatures
@@ -36,10 +38,15 @@ STABILITY_OFFSET = (
 
 
 class ClickPredictor:
-    """Answers prompts on one picture; the backbone runs once, in `set_image`."""
+    """Answers prompts on one picture; the backbone runs once, in `set_image`.
 
-    def __init__(self, model: Interactive, variables: Variables) -> None:
-        self._model = model
+    reading: how files become pixels, as in the run's training.
+    """
+
+    def __init__(
+        self, model: Interactive, variables: Variables, reading: Reading = DEFAULT
+    ) -> None:
+        self._model, self.reading = model, reading
         kept = {k: v for k, v in variables["params"].items() if k in (CLICKS.reads or ())}
         self._variables = jax.tree.map(jnp.asarray, {**variables, "params": kept})
         self._features: ClickFeatures | None = None
@@ -56,7 +63,7 @@ class ClickPredictor:
         if "mask_decoder" not in variables["params"]:
             below = open_base(run.config.model_copy(update={"task": "clicks"})).load().params
             variables["params"] = {**below, **variables["params"]}
-        return cls(Interactive(run.config.model), variables)
+        return cls(Interactive(run.config.model), variables, reading_of(run.config.data))
 
     @classmethod
     def from_model_folder(cls, path: str | Path) -> ClickPredictor:
@@ -66,7 +73,7 @@ class ClickPredictor:
 
     def set_image(self, picture: Picture) -> None:
         """A file, a PIL picture, or an array [Y, X, 3] or [Y, X] of uint8. Raises DataError."""
-        self.picture = as_rgb(picture)
+        self.picture = as_rgb(picture, self.reading)
         size = self._model.config.image_size
         transform = transforms.square(*self.picture.size, size)
         pixels = transforms.move_picture(transform, np.asarray(self.picture))[None]

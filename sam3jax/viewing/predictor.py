@@ -19,8 +19,9 @@ from PIL import Image
 
 from sam3jax.config import EvalConfig
 from sam3jax.data import transforms
+from sam3jax.data.datasets import reading_of
 from sam3jax.data.frames import open_frames
-from sam3jax.data.pictures import DataError, open_rgb
+from sam3jax.data.pictures import DEFAULT, DataError, Reading, open_rgb
 from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.errors import UserError
@@ -48,6 +49,7 @@ class Predictor:
 
     thresholds: phrase -> score from which a detection counts; others use config.threshold.
     mesh: devices of this process, over which pictures are split; None: the first one.
+    reading: how files become pixels, as in the run's training.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class Predictor:
         config: EvalConfig | None = None,
         thresholds: Mapping[str, float] | None = None,
         mesh: Mesh | None = None,
+        reading: Reading = DEFAULT,
     ) -> None:
         self.config = config or EvalConfig()
-        self.thresholds = dict(thresholds or {})
+        self.thresholds, self.reading = dict(thresholds or {}), reading
         self._size = model.config.image_size
         self._detector = Detector(model, self.config, mesh)
         self._variables, self._tokenizer = self._detector.place(variables), tokenizer
@@ -76,7 +79,10 @@ class Predictor:
         run = read_run(path)
         variables = run.base_variables if base else run.variables
         thresholds = {} if base else run.thresholds
-        return cls(run.model, variables, run.tokenizer, run.config.evaluation, thresholds, mesh)
+        reading = reading_of(run.config.data)
+        return cls(
+            run.model, variables, run.tokenizer, run.config.evaluation, thresholds, mesh, reading
+        )
 
     @classmethod
     def from_model_folder(cls, path: str | Path, *, mesh: Mesh | None = None) -> Predictor:
@@ -100,7 +106,7 @@ class Predictor:
 
     def set_images(self, pictures: Sequence[Picture]) -> None:
         """Several pictures of any sizes, for `predict_all`. Raises DataError."""
-        self.pictures = [as_rgb(picture) for picture in pictures]
+        self.pictures = [as_rgb(picture, self.reading) for picture in pictures]
         pixels = np.stack([self._square(picture) for picture in self.pictures])
         self._images = self._detector.encode_image(self._variables, self._filled(pixels))
 
@@ -166,7 +172,7 @@ class Predictor:
         for phrase in phrases:
             self.check_phrase(phrase)
         if isinstance(frames, str | Path):
-            frames = open_frames(frames)
+            frames = open_frames(frames, self.reading)
         return self.of_videos().objects(frames, phrases, reverse)
 
     def of_videos(
@@ -227,10 +233,10 @@ class Predictor:
         return self._detector.rows(np.concatenate([rows, *[rows[-1:]] * short]))
 
 
-def as_rgb(picture: Picture) -> Image.Image:
+def as_rgb(picture: Picture, reading: Reading = DEFAULT) -> Image.Image:
     """A file, a PIL picture or an array of uint8 as a picture of mode RGB. Raises DataError."""
     if isinstance(picture, str | Path):
-        return open_rgb(picture)
+        return open_rgb(picture, reading=reading)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8:
             raise DataError(

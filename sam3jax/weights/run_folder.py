@@ -28,7 +28,8 @@ CONFIG = "config.yaml"
 # lie elsewhere: fingerprints tell whether they are the same.
 MAY_CHANGE = {
     "steps", "eval_every", "save_every", "save_minutes", "log_every", "keep", "max_skipped", "evaluation", "output",
-    "resume", "id", "init", "data.train", "data.valid", "data.workers", "data.max_megapixels", "data.allow_outside",
+    "draw_batches", "resume", "id", "init", "data.train", "data.valid", "data.workers", "data.max_megapixels",
+    "data.allow_outside",
 }  # fmt: skip
 
 

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sam3jax.data.importers import cvat, labelme, masks, voc, yolo
+import numpy as np
+
+from sam3jax.data.importers import cvat, huggingface, labelme, masks, voc, yolo
 from sam3jax.data.importers.picture import Instance, Picture
 from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.segmentations import segmentation_area
 
 Reader = Callable[[Path, Ledger], Iterable[Picture]]
 
@@ -25,6 +28,7 @@ READERS: dict[str, Reader] = {
     "labelme": labelme.read,
     "cvat": cvat.read,
     "masks": masks.read,
+    "huggingface": huggingface.read,
 }
 FORMATS = tuple(READERS)
 
@@ -65,7 +69,10 @@ def _coco(pictures: list[Picture], names: list[str], folder: Path) -> dict[str, 
     taken: set[str] = set()
     for picture in pictures:
         name = _free_name(picture.file, taken)
-        _link(picture.file, folder / name)
+        if picture.content is not None:
+            (folder / name).write_bytes(picture.content())
+        else:
+            _link(picture.file, folder / name)
         image = {"id": len(images) + 1, "file_name": name, "width": picture.width, "height": picture.height}  # fmt: skip
         images.append(image)
         for instance in picture.instances:
@@ -81,13 +88,15 @@ def _annotation(
     instance: Instance, id: int, image_id: int, numbers: dict[str, int]
 ) -> dict[str, Any]:
     left, top, width, height = instance.bounds()
+    outlines = tuple(np.asarray(polygon, float) for polygon in instance.polygons)
+    area = segmentation_area(outlines, 0, 0)
     return {
         "id": id,
         "image_id": image_id,
         "category_id": numbers[instance.label],
         "bbox": [left, top, width, height],
-        "area": width * height if instance.area is None else instance.area,
-        "iscrowd": 0,
+        "area": instance.area or area or width * height,
+        "iscrowd": int(instance.crowd),
         "segmentation": instance.rle or [list(polygon) for polygon in instance.polygons],
     }
 
@@ -96,6 +105,10 @@ def _free_name(file: Path, taken: set[str]) -> str:
     name, parents = file.name, list(file.parts[:-1])
     while name.lower() in taken and parents:
         name = f"{parents.pop()}_{name}"
+    number = 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{file.stem}_{number}{file.suffix}"
     taken.add(name.lower())
     return name
 

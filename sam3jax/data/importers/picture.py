@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Instance:
     polygons: Sequence[Sequence[float]] = ()
     rle: dict[str, Any] | None = None
     area: float | None = None
+    crowd: bool = False
 
     def bounds(self) -> tuple[float, float, float, float]:
         """The box, or that of the polygons."""
@@ -38,13 +39,17 @@ class Instance:
 
 @dataclass
 class Picture:
-    """One picture of one split, `width` x `height` pixels as displayed."""
+    """One picture of one split, `width` x `height` pixels as displayed.
+
+    content: gives the bytes of a picture that is no file of its own; `file` is then only a name.
+    """
 
     file: Path
     width: int
     height: int
     split: str
     instances: list[Instance] = field(default_factory=list)
+    content: Callable[[], bytes] | None = None
 
 
 def picture_files(folder: Path) -> list[Path]:
