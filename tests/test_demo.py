@@ -30,7 +30,7 @@ def test_the_demo_starts_from_a_base_and_writes_its_table_and_picture(
     few_pictures, tmp_path, capsys
 ):
     base, run = tmp_path / "base", tmp_path / "demo"
-    model = {f"model.{k}": v for k, v in SMALL_MODEL.items()}
+    model = {f"model.{k}": v for k, v in {**SMALL_MODEL, "decoder_layers": 1}.items()}
     settings = {**model, **SHORT, "output": base, "init": "null"}
     assert train.main(["--config", "configs/shapes_base.yaml", *overrides(**settings)]) == 0
     settings = {**SHORT, "init": base, "output": run, "lora.targets": list(DECODER)}
