@@ -247,6 +247,7 @@ def curves(
     """An inline SVG of (step, value) lines that scales with the page and inherits its text colour."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": f"chart {title}"}):
         # Fixed margins: measuring every label to set them takes as long as drawing the chart.
@@ -261,6 +262,7 @@ def curves(
             )
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         positive = [v for points in series.values() for _, v in points if v > 0]
         if logarithmic and positive:
             axes.set_yscale("log")
