@@ -12,9 +12,9 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 
     raise SystemExit(door("convert"))
 
-from convert.adapters import write_adapter
 from convert.jax_to_torch import export
 from convert.options import parse
+from convert.peft_folder import export_adapter
 from convert.sources import is_run_folder, open_source
 from convert.torch_to_jax import describe, describe_source, torch_to_jax
 from convert.weights import ConversionError
@@ -54,18 +54,19 @@ def _torch_to_jax(o: argparse.Namespace) -> list[str]:
 
 def _jax_to_torch(o: argparse.Namespace) -> list[str]:
     _keep_apart(o.src, o.out)
-    folder, adapters = open_source(o.src)
+    source = open_source(o.src)
     if o.adapter:
-        return write_adapter(o.out, adapters, folder.config, o.base)
+        return export_adapter(source, o.out, o.base)
     return export(
-        folder, o.out, adapters=adapters, layout=o.layout, dtype=o.dtype, prefix=o.prefix, detector_only=o.detector_only
+        source, o.out, layout=o.layout, dtype=o.dtype, prefix=o.prefix, detector_only=o.detector_only, base=o.base,
+        compare=o.compare,
     )  # fmt: skip
 
 
 def _inspect(o: argparse.Namespace) -> list[str]:
     if is_model_folder(o.path) or is_run_folder(o.path):
-        folder, adapters = open_source(o.path)
-        config, lines = folder.config, describe_source(folder, adapters)
+        source = open_source(o.path)
+        config, lines = source.folder.config, describe_source(source.folder, source.adapters)
     else:
         config, lines = describe(o.path, _settings(o.set))
     layers = [entry.layer for entry in linear_layers(config)]

@@ -1,16 +1,14 @@
 """Reading `.pt` archives, one tensor at a time.
 
-Nothing in a file is ever executed: pickles are opened with torch's weights-only reader, and what it
-refuses is named. Bytes are checked against the archive's checksums as they are read.
+Nothing in a file is ever executed (convert.pickled), and torch is not needed. Bytes are checked against
+the archive's checksums as they are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert.pickled import CarriesCode, Stored, unpickle
 from sam3jax.files import FileError
 from sam3jax.weights.tensor_file import Tensor
 
@@ -27,6 +26,7 @@ from sam3jax.weights.tensor_file import Tensor
 _NESTS = ("model", "state_dict", "model_state_dict", "model_state", "module", "ema_model", "params")
 
 _CHUNK = 1 << 24  # bytes
+_REPEATED = 1 << 20  # bytes that a tensor may make of a smaller storage, as `expand` does
 
 
 class _Damaged(FileError):
@@ -37,40 +37,27 @@ def read_archive(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors of a `.pt` file, unread, and the names of what else lies in it.
 
     Raises FileError, with its own sentence for each: cut short, no archive, a pickle that carries code,
-    no tensors; and when a tensor is read whose bytes are damaged.
+    no tensors, tensors beyond their storage; and when a tensor is read whose bytes are damaged.
     """
     _check_archive(path)
+    entries, folder = _entries(path)
+    entry = entries[f"{folder}data.pkl"]
+    data = np.fromfile(path, np.uint8, entry.size, offset=entry.start)
+    entry.check(path, data)
     try:
-        state, ignored = _state_dict(_load(path, map_location="meta"), path)
-    except _Damaged:
-        # Or it holds a kind of tensor that has no form without bytes, which is named below.
-        state, ignored = {}, ()
-    entries = _entries(path)
-    places = {n: place for n, t in state.items() if (place := _place(t)) is not None}
-    if state and all(places.get(n) in entries for n in state):
-        return {n: _file_tensor(path, n, t, entries[places[n]]) for n, t in state.items()}, ignored
-    # An older torch, or an archive that another program packed: let torch find the bytes.
-    for entry in entries.values():
-        entry.check(path)
-    state, ignored = _state_dict(_load(path, map_location="cpu", mmap=True), path)
-    return {name: _torch_tensor(name, t, path) for name, t in state.items()}, ignored
-
-
-def _load(path: Path, **options: Any) -> Any:
-    """torch.load, weights only; its refusals and failures as FileError."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about storages; nothing a reader could act on
-        try:
-            return torch.load(path, weights_only=True, **options)
-        except pickle.UnpicklingError as error:
-            raise FileError(_refusal(path, error)) from None
-        except (RuntimeError, EOFError, KeyError, ValueError, AssertionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise _Damaged(
-                f"{path} is a damaged checkpoint archive ({reason}); download it again"
-            ) from error
+        content = unpickle(data.tobytes())
+    except CarriesCode as error:
+        raise FileError(
+            f"{path} carries code: its pickle wants to import {error}. Refused, nothing was run. "
+            "A checkpoint needs tensors only: ask its author for the state_dict, or for safetensors"
+        ) from None
+    except Exception as error:  # the file is not trusted: a pickle can be wrong in every way
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise FileError(
+            f"{path} is a damaged checkpoint archive ({reason:.200}); download it again"
+        ) from error
+    state, ignored = _state_dict(content, path)
+    return {n: _file_tensor(path, n, t, entries, folder) for n, t in state.items()}, ignored
 
 
 @dataclasses.dataclass
@@ -102,50 +89,80 @@ class _Entry:
         self.sound = True
 
 
-def _entries(path: Path) -> dict[int, _Entry]:
-    """The entries of an archive by the place of their bytes, from the start of the file."""
-    found = {}
+def _entries(path: Path) -> tuple[dict[str, _Entry], str]:
+    """The entries of an archive by name, and what stands before theirs: the folder with `data.pkl`."""
+    found: dict[str, _Entry] = {}
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
             file.seek(info.header_offset + 26)  # the lengths of name and extra field
             lengths = file.read(4)
-            start = info.header_offset + 30 + sum(struct.unpack("<HH", lengths))
-            found[start] = _Entry(info.filename, start, info.file_size, info.CRC)
-    return found
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", lengths.ljust(4, b"\0")))
+            if start + info.file_size > size:
+                raise FileError(f"{path} is cut short: {info.filename} reaches beyond its end")
+            if info.filename in found:
+                raise FileError(f"{path} is damaged: it holds {info.filename} twice")
+            found[info.filename] = _Entry(info.filename, start, info.file_size, info.CRC)
+    pickles = [name for name in found if name.endswith("/data.pkl")]
+    if len(pickles) > 1:
+        raise FileError(f"{path} is damaged: it holds {', '.join(pickles)}, expected one data.pkl")
+    folder = pickles[0].removesuffix("data.pkl")
+    order = found.get(f"{folder}byteorder")
+    if order and np.fromfile(path, np.uint8, order.size, offset=order.start).tobytes() != b"little":
+        raise FileError(
+            f"{path} was written by a machine with another byte order: load it and save it again there, as "
+            "safetensors"
+        )
+    return found, folder
 
 
-def _place(tensor: Any) -> int | None:
-    """Where torch says that the storage of a tensor loaded to "meta" lies in the file."""
-    try:
-        storage = tensor.untyped_storage()
-    except NotImplementedError:  # sparse
-        return None
-    return getattr(storage, "_checkpoint_offset", None) if tensor.is_meta else None
+def _file_tensor(
+    path: Path, name: str, tensor: Stored, entries: Mapping[str, _Entry], folder: str
+) -> Tensor:
+    """A tensor that is read from its place in the archive. Raises FileError where it has none.
 
-
-def _file_tensor(path: Path, name: str, tensor: Any, entry: _Entry) -> Tensor:
-    """A tensor that is read from its place in the archive.
-
-    Not through torch's memory map: pages of it stay counted as ours, and a checkpoint in bfloat16
-    would take twice its size by the end.
+    Plain reads, no memory map: mapped pages stay counted as ours, and a checkpoint in bfloat16 would
+    take twice its size by the end.
     """
-    import torch
-
-    dtype = odd_dtypes().get(tensor.dtype)
-    if dtype is None:
-        dtype = _torch_tensor(name, torch.empty(0, dtype=tensor.dtype), path).dtype
-    shape, strides = tuple(tensor.shape), tuple(n * dtype.itemsize for n in tensor.stride())
-    start = entry.start + tensor.storage_offset() * dtype.itemsize
-    contiguous = tensor.is_contiguous()
-    reach = 1 + sum((n - 1) * step for n, step in zip(shape, tensor.stride(), strict=True))
+    if tensor.storage is None or tensor.dtype is None:
+        raise FileError(
+            f"{path}: tensor {name} is of kind {tensor.kind}, expected a plain one: convert it to float32 (dense) "
+            "or remove it"
+        )
+    entry = entries.get(f"{folder}data/{tensor.storage.key}")
+    if entry is None:
+        raise FileError(f"{path} is damaged: the storage of tensor {name} is not in it")
+    dtype, shape, steps = tensor.dtype, tensor.shape, tensor.strides
+    if len(shape) != len(steps):
+        raise FileError(f"{path} is damaged: tensor {name} has {len(shape)} sizes, {len(steps)} strides")  # fmt: skip
+    reach = 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))  # fmt: skip
+    need = (tensor.offset + reach) * dtype.itemsize
+    if need > entry.size:
+        raise FileError(
+            f"{path} is damaged: tensor {name} of shape {list(shape)} reaches to byte {need:,} of a storage of "
+            f"{entry.size:,} bytes; download it again"
+        )
+    count = math.prod(shape)
+    if (total := count * dtype.itemsize) > max(entry.size, _REPEATED):
+        raise FileError(
+            f"{path}: tensor {name} of shape {list(shape)} makes {total:,} bytes by repeating a storage of "
+            f"{entry.size:,} bytes: no weights look like that"
+        )
+    start = entry.start + tensor.offset * dtype.itemsize
+    strides = tuple(step * dtype.itemsize for step in steps)
+    contiguous = all(
+        n == 1 or step == math.prod(shape[i + 1 :]) for i, (n, step) in enumerate(zip(shape, steps, strict=True))
+    )  # fmt: skip
 
     def get(slot: tuple[int, ...]) -> np.ndarray:
-        count = 0 if 0 in shape else math.prod(shape) if contiguous else reach
-        flat = np.fromfile(path, dtype, count, offset=start)
+        flat = np.fromfile(path, dtype, reach, offset=start)
         entry.check(path, flat if flat.nbytes == entry.size else None)
         if contiguous or not count:
-            return flat.reshape(shape)[slot]
-        return np.lib.stride_tricks.as_strided(flat, shape, strides)[slot]
+            array = flat.reshape(shape)
+        else:
+            array = np.lib.stride_tricks.as_strided(flat, shape, strides)
+        array = array.conj() if tensor.conjugate else array
+        return (-array if tensor.negative else array)[slot]
 
     return Tensor(shape, dtype, get)
 
@@ -193,27 +210,13 @@ def _check_archive(path: Path) -> None:
         )
 
 
-def _refusal(path: Path, error: Exception) -> str:
-    import torch
-
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the file is not trusted; any failure leaves us with torch's own words
-        names = []
-    what = ", ".join(names) or str(error).splitlines()[0]
-    return (
-        f"{path} carries code: its pickle wants to import {what}. Refused, nothing was run. "
-        "A checkpoint needs tensors only: ask its author for the state_dict, or for safetensors"
-    )
-
-
-def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _state_dict(content: Any, path: Path) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """The mapping of names to tensors, wherever the trainer that wrote the file put it."""
-    import torch
-
     ignored: list[str] = []
-    while isinstance(content, Mapping):
-        tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    seen: set[int] = set()
+    while isinstance(content, Mapping) and id(content) not in seen:
+        seen.add(id(content))  # a pickle can put a dictionary into itself
+        tensors = {str(k): v for k, v in content.items() if isinstance(v, Stored)}
         nests = [k for k, v in content.items() if isinstance(v, Mapping)]
         nest = next((k for k in _NESTS if k in nests), None)
         if nest is None and not tensors and len(nests) == 1:
@@ -232,23 +235,6 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], tuple[str, ..
     raise FileError(
         f"{path} holds a {type(content).__name__}, expected a dictionary of tensors (a state_dict)"
     )
-
-
-def _torch_tensor(name: str, tensor: Any, path: Path) -> Tensor:
-    import torch
-
-    try:
-        if dtype := odd_dtypes().get(tensor.dtype):
-            carrier = torch.int16 if tensor.dtype == torch.bfloat16 else torch.uint8
-            array = tensor.detach().view(carrier).numpy().view(dtype)
-        else:
-            array = tensor.detach().resolve_conj().resolve_neg().numpy()
-    except (TypeError, RuntimeError) as error:
-        raise FileError(
-            f"{path}: tensor {name} is of kind {tensor.dtype}, {tensor.layout}, expected a plain one: convert it to "
-            "float32 (dense) or remove it"
-        ) from error
-    return Tensor.of(array)
 
 
 def odd_dtypes() -> dict[Any, np.dtype]:

@@ -217,13 +217,24 @@ def _write_one(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if path.suffix == ".safetensors":
             stream_tensors(temporary, tensors, {"format": "pt"})
             return
-        import torch
-
+        torch = _torch(path)
         state = {name: to_torch_tensor(read_named(name, t)) for name, t in tensors.items()}
         with open(temporary, "wb") as file:
             _save(torch, state, file)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _torch(path: Path) -> Any:
+    """The module torch, which writes archives. Raises FileError where it is not installed."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise FileError(
+            f"writing {path.name} needs torch: pip install 'sam3jax[convert]', or give an --out that ends in "
+            ".safetensors"
+        ) from error
+    return torch
 
 
 def _save(torch: Any, state: Mapping[str, Any], file: Any) -> None:

@@ -21,14 +21,18 @@ from sam3jax.weights.names import VIT, dead_entries, templates
 from sam3jax.weights.parts import common_dtype
 from sam3jax.weights.tensor_file import Tensor
 
-_WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # DDP, Lightning, torch.compile
+_WRAPPERS = ("module.", "model.", "state_dict.")  # DDP, Lightning
+_INNER_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
 _ANY_WRAPPERS = f"(?:{'|'.join(map(re.escape, _WRAPPERS))})*"
 DETECTOR = {"official": "detector.", "huggingface": "detector_model."}
 TRACKER = {"official": ("tracker.",), "huggingface": ("tracker_model.", "tracker_neck.")}
 CLASS_POSITION = f"{VIT}.pos_embed.class_position"  # the row of pos_embed that transformers drops
 # Buffers that some versions of transformers store; carried, for the way back only.
 _COMPUTED = re.compile(r"\.(position_ids|rotary_emb\.\w+|inv_freq)$")
-_FREQS = re.compile(r"\.blocks\.\d+\.attn\.freqs_cis$")
+# SAM 3.1 stores the two parts of the complex tables apart.
+_FREQS = re.compile(r"\.blocks\.\d+\.attn\.freqs_cis(_real|_imag)?$")
 INTERACTIVE = "inst_interactive_predictor."
 
 _LIVE_ROOTS = {
@@ -76,8 +80,9 @@ def sort_tensors(
 ) -> Sorted:
     """Tell the layout of a checkpoint and sort its tensors; `beside` are those an export kept aside.
 
-    Raises FileError, by name, for SAM, SAM 2 and SAM 3.1 checkpoints, trackers and anything else.
+    Raises FileError, by name, for SAM and SAM 2 checkpoints, trackers and anything else.
     """
+    tensors = _unwrapped(tensors)
     wrapper = _wrapper(tensors)
     bare = {n.removeprefix(wrapper): t for n, t in tensors.items() if n.startswith(wrapper)}
     kind, detector = _recognise(bare)
@@ -112,14 +117,25 @@ def sort_tensors(
     live: dict[str, Tensor] = {}
     for name, tensor in inside.items():
         template = _official_template(name)
-        if name.startswith(tracker.NECK_OFFICIAL) or _FREQS.search(name) or template in _dead():
+        if name.startswith(tracker.NECKS) or _FREQS.search(name) or template in _dead():
             carried[name] = tensor
         elif template in _live():
             live[name] = tensor
         else:
             unknown.append(wrapper + detector + name)
     layout = Layout(kind, wrapper, detector, doubled)
-    return Sorted(layout, live, beside | carried, tuple(unknown), stored)
+    return Sorted(layout, live, carried | beside, tuple(unknown), stored)
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what torch.compile, FSDP and activation checkpointing put into names, anywhere."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        bare = _INNER_WRAPPERS.sub("", name)
+        if bare in out:
+            raise FileError(f"{name} and {bare} are one tensor under two names: remove one of them")
+        out[bare] = tensor
+    return out
 
 
 def to_huggingface(
@@ -216,11 +232,8 @@ def _pieces(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[int, Tensor]]
 def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
     """The layout and the detector's prefix, or FileError with what it is instead."""
     joined = "\n" + "\n".join(bare)
-    if re.search(r"interactive_convs\.|propagation_convs\.|multiplex", joined):
-        raise FileError(
-            "this is a SAM 3.1 checkpoint (it has the multiplex tracker's three necks); this program reads "
-            "SAM 3: take sam3.pt or model.safetensors from the repository facebook/sam3"
-        )
+    if adapters := len(re.findall(r"\.lora_A\.", joined)):
+        raise FileError(_adapters(adapters, alone=".base_layer." not in joined))
     if found := _detector(bare):
         return found
     if re.search(
@@ -241,14 +254,22 @@ def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
         raise FileError(
             "this checkpoint holds a SAM 3 tracker without its detector; take the whole sam3.pt or model.safetensors"
         )
-    if re.search(r"\.lora_[AB]\.", joined):
-        raise FileError(
-            f"these are LoRA adapters ({len(bare) // 2} layers) without their base model; convert the base checkpoint, "
-            "adapters are read from run folders only"
-        )
     some = ", ".join(list(bare)[:3])
     raise FileError(
         f"no SAM 3 detector in this checkpoint of {len(bare)} tensors (the first: {some})"
+    )
+
+
+def _adapters(layers: int, alone: bool) -> str:
+    remedy = "merge them with peft's merge_and_unload(), save that model and convert it"
+    if alone:
+        return (
+            f"these are LoRA adapters ({layers} layers) without their base model: load them onto it with "
+            f"peft.PeftModel.from_pretrained, {remedy}"
+        )
+    return (
+        f"this is a peft model whose LoRA adapters ({layers} layers) are not merged into its weights (base_layer): "
+        f"{remedy}"
     )
 
 

@@ -57,14 +57,27 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help=".pt or .safetensors; folder with --adapter; either with huggingface",
     )
     command.add_argument("--layout", choices=LAYOUTS, help="default: the one the weights came in")
-    command.add_argument("--dtype", choices=FLOATS, help="of every float; default: as stored")
+    command.add_argument(
+        "--dtype",
+        choices=FLOATS,
+        help="of every float; default: as stored, float32 where a run trained",
+    )
     command.add_argument("--prefix", help="before the detector's names; default: as in the source")
     command.add_argument(
         "--detector-only", action="store_true", help="leave the tracker and its neck out"
     )
-    command.add_argument("--adapter", action="store_true", help="the adapters alone, for peft")
+    command.add_argument("--adapter", action="store_true", help="what was trained alone, for peft")
     command.add_argument(
-        "--base", help="what the adapter says it belongs to, for example facebook/sam3"
+        "--base", help="the model that was trained, as others find it, for example facebook/sam3"
+    )
+
+    command.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PICTURE",
+        help="measure on these how answers differ where the export is opened",
     )
 
     command = commands.add_parser(

@@ -283,7 +283,7 @@ def _from_rope(
     shapes = {
         int(m[1]): tensor.shape
         for name, tensor in carried.items()
-        if (m := re.match(rf"{re.escape(VIT)}\.blocks\.(\d+)\.attn\.freqs_cis$", name))
+        if (m := re.match(rf"{re.escape(VIT)}\.blocks\.(\d+)\.attn\.freqs_cis(?:_real)?$", name))
     }
     if not shapes:
         return {}, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,46 @@ from sam3jax.config import ConfigError, load_config
 from sam3jax.files import FileError
 from sam3jax.weights.base import is_run_folder, open_base
 from sam3jax.weights.model_folder import ModelFolder, is_model_folder, open_model_folder
-from sam3jax.weights.names import parts_of
-from sam3jax.weights.parts import live_parts
+from sam3jax.weights.names import entries, parts_of
+from sam3jax.weights.parts import by_official_name, live_parts
 from sam3jax.weights.run_folder import CONFIG, Run, read_run
 from sam3jax.weights.scope import scope_of
-from sam3jax.weights.tensor_file import Tensor, is_float
+from sam3jax.weights.tensor_file import Tensor
+from sam3jax.weights.trainable import adapted_entries, trained_entries
 from sam3jax.weights.tree import flatten
 
 
-def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
-    """(weights, adapters) of a model folder or of a run folder's best checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a run tells of its weights.
 
-    A run's weights without its adapters; what was not trained is left unread in the model folder that
-    the run started from, in its own dtype. Trained weights take that dtype too. Carried tensors and the
-    vocabulary come from there.
+    base: what the first run started from, as its `init` says; None for random weights. below: the runs that
+    it was trained on top of. moved: per-layer names (Entry.name) of all that it or a run below changed.
+    before: the leaves of the base; {} for random weights.
+    """
+
+    run: Run
+    base: str | None
+    below: tuple[Path, ...]
+    moved: frozenset[str]
+    before: dict[tuple[str, ...], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights to export: without the adapters, which lie beside. training: None for a model folder."""
+
+    folder: ModelFolder
+    adapters: Adapters
+    training: Training | None = None
+
+
+def open_source(path: str | Path) -> Source:
+    """A model folder, or a run folder's best checkpoint.
+
+    What was not trained is left unread in the model folder that the run started from, in its own dtype.
+    What was trained is float32 (`source["dtypes"]` says so tensor by tensor): in half precision the rounding
+    may be larger than what was learned. Carried tensors and the vocabulary come from the model folder.
     Raises FileError or ConfigError that says what was found and expected.
     """
     path = Path(path)
@@ -34,31 +61,53 @@ def open_source(path: str | Path) -> tuple[ModelFolder, Adapters]:
             raise FileError(
                 f"{path} is neither a model folder (config.json of python -m convert) nor a run folder (config.yaml)"
             )
-        return open_model_folder(path), {}
+        return Source(open_model_folder(path), {})
     run = read_run(path)
-    start = load_config(path / CONFIG).init
-    root = _root(path)
-    tuned, before = flatten(run.variables["params"]), flatten(run.base_variables["params"])
-    stored_leaves = _stored_leaves(root, parts_of(path[0] for path in tuned)) if root else {}
-    direct = start is not None and is_model_folder(start)
-    leaves: dict[tuple[str, ...], Tensor] = {}
-    for name, leaf in tuned.items():
-        stored = stored_leaves.get(name)
-        if stored is not None and direct and leaf is before[name]:
-            leaves[name] = stored
-        else:
-            tensor = Tensor.of(np.asarray(leaf))
-            leaves[name] = (
-                tensor.astype(stored.dtype) if stored and is_float(stored.dtype) else tensor
-            )
-    if root is not None:
-        leaves |= {name: leaf for name, leaf in _beside(run, root).items() if name not in leaves}
+    chain = _chain(path)
+    configs = [load_config(file / CONFIG) for file in chain]
+    base = configs[-1].init
+    root = open_model_folder(base) if base else None
+    moved = frozenset(
+        entry.name
+        for config in configs
+        for entry in (*trained_entries(config), *adapted_entries(config))
+    )
     adapters = adapters_of(run.variables.get("lora", {}), run.variables.get("lora_scale", {}))
+    tuned, start = flatten(run.variables["params"]), flatten(run.base_variables["params"])
     if root is None:
+        leaves = {name: Tensor.of(np.asarray(leaf)) for name, leaf in tuned.items()}
         folder = ModelFolder(path, run.config.model, leaves, {}, run.tokenizer.to_json(), {})
-    else:
-        folder = dataclasses.replace(root, path=path, config=run.config.model, leaves=leaves)
-    return folder, adapters
+        return Source(folder, adapters, Training(run, None, chain[1:], moved, {}))
+    stored = _stored_leaves(root, parts_of(name[0] for name in tuned))
+    leaves = {
+        name: stored[name]
+        if len(chain) == 1 and name in stored and leaf is start[name]
+        else Tensor.of(np.asarray(leaf))
+        for name, leaf in tuned.items()
+    }
+    leaves = _beside(run, root) | leaves
+    source = {**root.source, "dtypes": _dtypes(root, leaves, moved)}
+    folder = dataclasses.replace(
+        root, path=path, config=run.config.model, leaves=leaves, source=source
+    )
+    return Source(folder, adapters, Training(run, base, chain[1:], moved, stored))
+
+
+def _dtypes(
+    root: ModelFolder, leaves: Iterable[tuple[str, ...]], moved: Collection[str]
+) -> dict[str, str]:
+    """{torch name: dtype} of every tensor of a run: as stored, and at least float32 where it was trained."""
+    table = entries(root.config, parts_of(path[0] for path in leaves))
+    trained = {entry.torch for entry in table if entry.name in moved}
+    narrowed, carried = root.source.get("dtypes", {}), by_official_name(root.carried)
+    found: dict[str, str] = {}
+    for entry in table:
+        owner = root.leaves.get(entry.path) or carried.get(entry.torch)
+        if owner is not None:
+            dtype = np.dtype(narrowed.get(entry.torch, owner.dtype))
+            wide = entry.torch in trained and dtype.itemsize < 4
+            found[entry.torch] = "float32" if wide else str(dtype)
+    return found
 
 
 def _beside(run: Run, root: ModelFolder) -> dict[tuple[str, ...], Tensor]:
@@ -81,16 +130,12 @@ def _stored_leaves(root: ModelFolder, parts: tuple[str, ...]) -> dict[tuple[str,
         return root.leaves
 
 
-def _root(run: Path) -> ModelFolder | None:
-    """The model folder at the beginning of a chain of runs; None where it began with noise."""
-    seen: list[Path] = []
-    path = run
-    while is_run_folder(path):
-        if path.resolve() in seen:
+def _chain(run: Path) -> tuple[Path, ...]:
+    """A run and the runs that it was trained on top of, the newest first."""
+    chain, seen = [run], [run.resolve()]
+    while (start := load_config(chain[-1] / CONFIG).init) is not None and is_run_folder(start):
+        if Path(start).resolve() in seen:
             raise ConfigError(f"{run} starts from itself: {' -> '.join(map(str, seen))}")
-        seen.append(path.resolve())
-        start = load_config(path / CONFIG).init
-        if start is None:
-            return None
-        path = Path(start)
-    return open_model_folder(path)
+        chain.append(Path(start))
+        seen.append(chain[-1].resolve())
+    return tuple(chain)

@@ -17,6 +17,8 @@ from convert.files import Checkpoint, read_checkpoint
 from convert.layouts import FLOATS
 from convert.names import Layout, Sorted, mixed_dtypes, sort_tensors
 from convert.sizes import infer_config, missing_dead
+from convert.tracker import NECKS, is_multiplex
+from convert.values import refuse_broken, value_notes
 from convert.weights import ConversionError, flax_tensors, misfits, narrowed, report
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer, build_clip_tokenizer
@@ -82,6 +84,7 @@ def torch_to_jax(
     leaves = flax_tensors(
         found.live, reading.config, carried=carried, surplus=found.unknown, stored=found.stored
     )
+    notes += refuse_broken(found.live, carried)
     text, origin = find_tokenizer(reading.config, tokenizer or reading.checkpoint.tokenizer)
     layout = reading.sorted.layout
     source = {
@@ -154,13 +157,14 @@ def _installed_vocabulary() -> Path | None:
 
 
 def cast(tensors: Mapping[Any, Tensor], dtype: str | None) -> dict[Any, Tensor]:
-    """The floats among the tensors in another dtype."""
+    """The floats among the tensors in another dtype; positions (RoPE tables) need all their digits."""
     if dtype is None:
         return dict(tensors)
     if dtype not in FLOATS:
         raise ConversionError(f"dtype {dtype!r}: expected one of {', '.join(FLOATS)}")
     target = DTYPES[FLOATS[dtype]]
-    return {n: t.astype(target) if is_float(t.dtype) else t for n, t in tensors.items()}
+    moves = lambda name, t: is_float(t.dtype) and ".freqs_cis" not in str(name)
+    return {n: t.astype(target) if moves(n, t) else t for n, t in tensors.items()}
 
 
 def describe(
@@ -174,7 +178,7 @@ def describe(
     )
     zeros = missing_dead(reading.config, carried)
     return reading.config, [
-        f"{reading.checkpoint.path}: {layout_name(reading.sorted.layout)}, {reading.checkpoint.nbytes:,} bytes",
+        f"{reading.checkpoint.path}: {layout_name(reading.sorted.layout, is_multiplex(carried))}, {reading.checkpoint.nbytes:,} bytes",
         f"used: {len(live)} tensors, {_count(live)}",
         f"carried: {len(carried)} tensors, {_count(carried)}{_groups(carried)}",
         f"unknown: {len(unknown)} tensors{_listed(unknown)}",
@@ -183,6 +187,7 @@ def describe(
         f"dtypes: {_dtypes({**live, **carried}, None)}",
         f"size: {size_line(reading.config)}",
         *reading.notes,
+        *value_notes(live, carried),
         *([f"PROBLEM: {report(problems)}"] if any(problems.values()) else []),
     ]
 
@@ -212,9 +217,10 @@ def describe_source(folder: ModelFolder, adapters: Adapters) -> list[str]:
     return lines
 
 
-def layout_name(layout: Layout) -> str:
+def layout_name(layout: Layout, multiplex: bool = False) -> str:
     """The layout in words."""
     kind = "published (official)" if layout.kind == "official" else "transformers (huggingface)"
+    kind = f"{kind} of SAM 3.1" if multiplex else kind
     prefix = layout.wrapper + layout.detector
     return f"{kind} layout, " + (f"detector behind {prefix!r}" if prefix else "bare detector")
 
@@ -241,8 +247,8 @@ def _dtypes(tensors: Mapping[Any, Tensor], dtype: str | None) -> str:
 
 def _groups(carried: Mapping[str, Tensor]) -> str:
     groups = Counter(
-        "tracker" if n.startswith(("tracker", "inst_interactive")) else "second neck" if ".sam2_convs." in n
-        else "RoPE tables" if n.endswith("freqs_cis") else "dead"
+        "tracker" if n.startswith(("tracker", "inst_interactive")) else "further necks" if n.startswith(NECKS)
+        else "RoPE tables" if ".freqs_cis" in n else "dead"
         for n in carried
     )  # fmt: skip
     return f" ({', '.join(f'{name} {n}' for name, n in groups.items())})" if groups else ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -18,13 +18,15 @@ from sam3jax.weights.names import TRACKER_TEMPLATES
 from sam3jax.weights.tensor_file import Tensor
 from sam3jax.weights.tracker_names import (
     FREQUENCIES,
+    INTERACTIVE_NECK,
+    PROPAGATION_NECK,
     SECOND_NECK,
     TRACKER,
     TRACKER_HUGGINGFACE,
 )
 
 OFFICIAL, HUGGINGFACE = TRACKER, TRACKER_HUGGINGFACE
-NECK_OFFICIAL = SECOND_NECK
+NECKS = (f"{SECOND_NECK}.", f"{INTERACTIVE_NECK}.", f"{PROPAGATION_NECK}.")
 _SHARED = "shared_image_embedding.positional_embedding"
 _POINTS = "sam_prompt_encoder.point_embeddings.{i}.weight", "prompt_encoder.point_embed.weight"
 _POINT = re.compile(re.escape(OFFICIAL) + r"sam_prompt_encoder\.point_embeddings\.(\d+)\.weight")
@@ -83,8 +85,14 @@ def to_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def is_tracker(name: str) -> bool:
-    """Whether a carried tensor belongs to the tracker or its neck, in either layout."""
-    return name.startswith((OFFICIAL, HUGGINGFACE, NECK_OFFICIAL, "tracker_neck."))
+    """Whether a carried tensor belongs to the tracker or its necks, in either layout."""
+    return name.startswith((OFFICIAL, HUGGINGFACE, *NECKS, "tracker_neck."))
+
+
+def is_multiplex(names: Iterable[str]) -> bool:
+    """Whether these are the names of a SAM 3.1 checkpoint: its necks, or its tracker's memory."""
+    own = (f"{INTERACTIVE_NECK}.", f"{PROPAGATION_NECK}.", f"{OFFICIAL}model.")
+    return any(name.startswith(own) for name in names)
 
 
 def _joined_points(tensors: Mapping[str, Tensor]) -> Tensor | None:

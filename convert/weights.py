@@ -65,7 +65,7 @@ def to_flax(
         lazy, lost = from_huggingface(lazy)
         beside = tracker.to_official(beside)
     known = {entry.torch for entry in entries(config)} | set(carried_shapes(config))
-    lost += [name for name in lazy if name not in known and not name.endswith("freqs_cis")]
+    lost += [name for name in lazy if name not in known and ".attn.freqs_cis" not in name]
     leaves = flax_tensors(lazy, config, carried=lazy, surplus=lost, stored=stored)
     try:
         leaves |= live_parts({}, beside, config, others, "this model")
@@ -150,7 +150,9 @@ def misfits(
                 check(part, stored.get(part), shape, True)
     dead = carried_shapes(config)
     projection = f"{TEXT}.encoder.text_projection"  # of any width: nothing reads it
-    if projection in carried and len(shape := carried[projection].shape) == 2 and shape[1]:
+    if tracker.is_multiplex(carried):  # of any shape
+        dead.pop(projection)
+    elif projection in carried and len(shape := carried[projection].shape) == 2 and shape[1]:
         dead[projection] = (config.text_dim, shape[1])
     for name, want in dead.items():
         parts = huggingface_shapes(name, want) if stored is not None else {}

@@ -16,6 +16,7 @@ DOORS = {
     "evaluate": ("sam3jax.evaluate", "measure a run, and compare it with its base"),
     "predict": ("sam3jax.predict", "find phrases in pictures"),
     "doctor": ("sam3jax.doctor", "say what was read from a data set, and what is odd"),
+    "plan": ("sam3jax.plan", "say whether a training fits a device, here or elsewhere"),
     "report": ("sam3jax.report", "write the report of a run again"),
     "demo": ("sam3jax.demo", "teach a tiny model five concepts, from beginning to end"),
     "convert": ("convert.__main__", "weights in, weights out, what is in a file"),

@@ -102,6 +102,26 @@ def _predict(parser: Parser) -> None:
     )
 
 
+def _plan(parser: Parser) -> None:
+    parser.description = (
+        "Say whether a training fits a device, and what bounds its speed; nothing is run."
+    )
+    parser.epilog = (
+        "The step is compiled for the device, which need not be here (pip install 'sam3jax[plan]'). Exit status 1: "
+        "it does not fit."
+    )
+    parser.add_argument("--config", help="YAML file, see configs/")
+    parser.add_argument(
+        "--device", metavar="CARD[:N]", help="h100, a100-40, t4, v5e:8, ...; default: what is here"
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="find the largest micro_batch that fits; several compilations",
+    )
+    _add_settings(parser)
+
+
 def _doctor(parser: Parser) -> None:
     parser.description = "Say what was read from a data set, and what is odd about it."
     parser.epilog = (
@@ -151,9 +171,10 @@ PARSERS: dict[str, Callable[[Parser], None]] = {
     "doctor": _doctor,
     "report": _report,
     "demo": _demo,
+    "plan": _plan,
     "settings": _list_settings,
 }
-TAKE_SETTINGS = ("train", "demo", "doctor")
+TAKE_SETTINGS = ("train", "demo", "doctor", "plan")
 
 
 def _add_settings(parser: Parser) -> None:

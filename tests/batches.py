@@ -17,7 +17,7 @@ SMALL_MODEL = dict(
     preset="tiny", image_size=84, pretrain_image_size=42, window_size=3, vit_dim=32, vit_stages=2,
     vit_stage_blocks=2, vit_heads=2, text_dim=16, text_layers=1, text_heads=2, vocab_size=600,
     text_length=16, dim=32, ffn=48, heads=4, fusion_layers=1, decoder_layers=2, geometry_layers=1,
-    queries=9,
+    queries=9, remat=False,
 )  # fmt: skip
 
 

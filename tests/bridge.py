@@ -39,7 +39,11 @@ def params(model, size: reference.Size):
 
 
 def inputs(model, e: dict) -> tuple[np.ndarray, np.ndarray, Prompts]:
-    """(images [I, Y, X, 3], tokens [V, N], Prompts) of an oracle batch."""
+    """(images [I, Y, X, 3], tokens [B, N], Prompts) of an oracle batch.
+
+    A phrase is there once; the rows behind the last one are never asked, so that shapes tell nothing
+    of what was drawn: each size is compiled once.
+    """
     images = e["images"].transpose(0, 2, 3, 1)
     vocabulary = sorted(set(e["texts"]))
     i = len(images)
@@ -55,7 +59,9 @@ def inputs(model, e: dict) -> tuple[np.ndarray, np.ndarray, Prompts]:
         box_labels=pairs(e["prompt_labels"]).astype(np.int32),
         box_valid=pairs(e["prompt_valid"]),
     )
-    return images, reference.tokens(model, vocabulary).astype(np.int32), prompts
+    tokens = reference.tokens(model, vocabulary).astype(np.int32)
+    unasked = np.repeat(tokens[:1], len(e["texts"]) - len(tokens), axis=0)
+    return images, np.concatenate([tokens, unasked]), prompts
 
 
 def targets(e: dict) -> Targets:

@@ -25,6 +25,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def pytest_collection_modifyitems(items):
+    """Files of slow tests come first, so that no worker is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if item.path.parent.name == "parity":
+            item.add_marker("parity")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
     """Compiled programs are mapped into memory in pieces, of which Linux allows 65,530: past them XLA crashes."""

@@ -159,10 +159,6 @@ def test_absent_shards_are_listed(tmp_path, capsys):
     [
         (("image_encoder.trunk.blocks.0.norm1.weight", "sam_mask_decoder.iou_token.weight"), "SAM 2 checkpoint"),
         (("vision_encoder.backbone.blocks.0.attn.qkv.weight", "mask_decoder.iou_token.weight"), "SAM 2 checkpoint"),
-        (
-            ("detector.backbone.vision_backbone.trunk.pos_embed", "detector.backbone.vision_backbone.propagation_convs.0.conv_1x1.weight"),
-            "SAM 3.1 checkpoint",
-        ),
         (("image_encoder.blocks.0.norm1.weight", "prompt_encoder.x"), "SAM 1 checkpoint"),
         (("tracker.no_mem_embed", "tracker.obj_ptr_proj.layers.0.weight"), "tracker without its detector"),
         (("base_model.model.detr_encoder.layers.0.mlp.fc1.lora_A.weight",), "LoRA adapters"),

@@ -10,6 +10,8 @@ from sam3jax.data.folders import read_dataset
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import annotation, write
 
+pytestmark = pytest.mark.slow
+
 PICTURES = {"data.shapes_train": 8, "data.shapes_valid": 4, "data.shapes_size": 96}
 SHORT = {"steps": 2, "batch_size": 4, "eval_every": 0, "evaluation.panels": 0, **PICTURES}
 
@@ -28,7 +30,7 @@ def test_the_demo_starts_from_a_base_and_writes_its_table_and_picture(
     few_pictures, tmp_path, capsys
 ):
     base, run = tmp_path / "base", tmp_path / "demo"
-    model = {f"model.{k}": v for k, v in SMALL_MODEL.items()}
+    model = {f"model.{k}": v for k, v in {**SMALL_MODEL, "decoder_layers": 1}.items()}
     settings = {**model, **SHORT, "output": base, "init": "null"}
     assert train.main(["--config", "configs/shapes_base.yaml", *overrides(**settings)]) == 0
     settings = {**SHORT, "init": base, "output": run, "lora.targets": list(DECODER)}

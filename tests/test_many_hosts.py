@@ -14,11 +14,13 @@ import pytest
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import write_small_shapes
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "batch_size": 4, "save_every": 2, "log_every": 1, "eval_every": 2, "lora.targets": list(DECODER),
     "optim.learning_rate": 1e-2, "optim.schedule": "constant", "optim.warmup_steps": 1,
     "evaluation.panels": 1, "evaluation.batch_size": 2,
-    **{f"model.{k}": v for k, v in SMALL_MODEL.items()},
+    **{f"model.{k}": v for k, v in {**SMALL_MODEL, "decoder_layers": 1}.items()},
 }  # fmt: skip
 
 

@@ -274,7 +274,8 @@ def encode(params, images):
 
 
 def test_adapters_on_heads_are_not_written_for_peft():
-    from convert.adapters import Adapter, peft_adapter
+    from convert.adapters import Adapter
+    from convert.peft_folder import peft_adapter
 
     adapter = Adapter(np.ones((64, 2)), np.ones((2, 64)), np.float32(1))
     path = ("mask_decoder", "transformer", "final_attn_token_to_image", "q_proj")

@@ -3,12 +3,15 @@
 import sys
 
 import numpy as np
+import pytest
 
 from sam3jax.config import parse_config
 from sam3jax.data.transforms import box_of_mask
 from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import open_model_folder
 from scripts import pretrain_shapes
+
+pytestmark = pytest.mark.slow
 
 
 def test_patches_and_boxes_turn_and_mirror_with_their_pictures():

@@ -164,6 +164,8 @@ def test_a_browser_shows_it_without_sideways_scrolling(run, tmp_path, width):
       </script></body>"""
     file = tmp_path / "probe.html"
     html = (run / "report.html").read_text().replace('loading="lazy"', "")
+    html, policies = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+    assert policies == 1, "the page allows no script, not even the probe's"
     file.write_text(html.replace("</body>", probe))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-rules=MAP * 0.0.0.0",
                f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",

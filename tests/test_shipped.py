@@ -19,6 +19,8 @@ from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import SHIPPED, is_model_folder, locate, open_model_folder
 from sam3jax.weights.names import PARTS, parts_of
 
+pytestmark = pytest.mark.slow
+
 NAME = f"{SHIPPED}tiny_shapes"
 
 

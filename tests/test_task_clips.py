@@ -15,7 +15,7 @@ from tests.batches import small_config
 from tests.trainings import Killed, before_step, kill, losses, words
 
 STEPS = 4
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.fixture(scope="module")

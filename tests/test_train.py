@@ -13,7 +13,7 @@ from tests.coco_folders import write_small_shapes
 from tests.trainings import Killed, before_step, kill, losses, words
 
 STEPS = 6
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@ list of all settings (`settings`)."""
 
 from sam3jax.config.clicks import ClicksConfig
 from sam3jax.config.clips import ClipsConfig
+from sam3jax.config.data import DataConfig
+from sam3jax.config.learning import EvalConfig, OptimConfig
 from sam3jax.config.loading import dump_config, explain, load_config, parse_config, read_settings
 from sam3jax.config.loss import LossConfig
 from sam3jax.config.model import PRESETS, LoraConfig, ModelConfig
-from sam3jax.config.schema import Config, DataConfig, EvalConfig, OptimConfig
+from sam3jax.config.schema import Config
 from sam3jax.config.section import ConfigError
 
 __all__ = [

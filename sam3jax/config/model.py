@@ -154,6 +154,11 @@ class ModelConfig(Section):
         default="float32",
         description="Number format of the computation. Weights stay float32.",
     )
+    remat: bool = Field(
+        default=True,
+        description="Compute the inner values of a layer again in the backward pass: far less memory, a third "
+        "more computation. false suits small models.",
+    )
 
     @model_validator(mode="wrap")
     @classmethod

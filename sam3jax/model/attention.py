@@ -13,11 +13,13 @@ from sam3jax.model.blockwise import KEPT, Noise, blockwise
 from sam3jax.model.layers import Linear
 
 
-def remat(module: Any, **kwargs: Any) -> Any:
-    """nn.remat that recomputes everything but what blockwise attention returned.
+def remat(module: Any, wanted: bool, **kwargs: Any) -> Any:
+    """nn.remat, if wanted, that recomputes everything but what blockwise attention returned.
 
     That costs one activation a layer, and spares a third pass over the scores.
     """
+    if not wanted:
+        return module
     policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     return nn.remat(module, policy=policy, **kwargs)
 

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         self.query_embed = self.param("query_embed", normal(1.0), (c.queries, c.dim))
         self.reference_points = self.param("reference_points", normal(1.0), (c.queries, 4))
         self.presence_token = self.param("presence_token", normal(1.0), (1, c.dim))
-        layer = remat(DecoderLayer, prevent_cse=True)
+        layer = remat(DecoderLayer, c.remat, prevent_cse=True)
         self.layers = [layer(c, self.train, self.backend) for _ in range(c.decoder_layers)]
         self.norm = layer_norm(dtype)
         # What becomes a box or a score is float32 to the end.

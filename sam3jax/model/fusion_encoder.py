@@ -65,7 +65,7 @@ def encoder_layers(
 ) -> nn.Module:
     """`length` stacked, scanned, rematerialised EncoderLayers."""
     scan = nn.scan(
-        remat(EncoderLayer, prevent_cse=False),
+        remat(EncoderLayer, config.remat, prevent_cse=False),
         STACKED,
         split_rngs=SPLIT,
         in_axes=cast(Any, (nn.broadcast,) * 5),

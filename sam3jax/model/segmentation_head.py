@@ -71,9 +71,8 @@ class SegmentationHead(nn.Module):
             attend(x, prompt, prompt, mask=prompt_valid[:, None, None]).reshape(memory.shape)
             + memory
         )
-        pixels = nn.remat(PixelDecoder, prevent_cse=True)(c, name="pixel_decoder")(
-            (*levels[:-1], x)
-        )
+        decoder = nn.remat(PixelDecoder, prevent_cse=True) if c.remat else PixelDecoder
+        pixels = decoder(c, name="pixel_decoder")((*levels[:-1], x))
         embed = Mlp((d, d, d), dtype=dtype, train=self.train, name="mask_embed")(queries)
         pixel_embed = Conv(d, 1, dtype=dtype, name="instance_seg_head")(pixels)
         semantic = Conv(1, 1, dtype=dtype, name="semantic_seg_head")(pixels)[..., 0]

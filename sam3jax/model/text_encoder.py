@@ -52,7 +52,10 @@ class TextEncoder(nn.Module):
         places = self.param("positional_embedding", normal(0.01), (c.text_length, c.text_dim))
         x = (table[tokens] + places[: tokens.shape[1]]).astype(dtype)
         scan = nn.scan(
-            remat(TextBlock, prevent_cse=False), STACKED, split_rngs=SPLIT, length=c.text_layers
+            remat(TextBlock, c.remat, prevent_cse=False),
+            STACKED,
+            split_rngs=SPLIT,
+            length=c.text_layers,
         )
         x, _ = scan(c, self.train, self.backend, name="resblocks")(x)
         x = layer_norm(dtype, name="ln_final")(x)

@@ -96,7 +96,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, drop_rates: jax.Array) -> tuple[jax.Array, None]:
         c = self.config
-        block = remat(Block, prevent_cse=False)
+        block = remat(Block, c.remat, prevent_cse=False)
         if c.vit_stage_blocks > 1:
             scan = nn.scan(
                 block, STACKED, split_rngs=SPLIT, in_axes=0, length=c.vit_stage_blocks - 1

@@ -250,15 +250,16 @@ def curves(
     *,
     title: str,
     logarithmic: bool = False,
-    unit: str = "",
 ) -> str:
     """An inline SVG of (step, value) lines that scales with the page and inherits its text colour."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": f"chart {title}"}):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-        axes = figure.subplots()
+        # Fixed margins: measuring every label to set them takes as long as drawing the chart.
+        figure = Figure(figsize=(4.6, 2.9))
+        axes = figure.subplots(gridspec_kw=dict(left=0.15, right=0.98, bottom=0.15, top=0.86))
         for k, (name, points) in enumerate(series.items()):
             steps, values = zip(*points) if points else ((), ())
             mark = "o" if len(points) < 25 else None
@@ -268,7 +269,7 @@ def curves(
             )
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step")
-        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         positive = [v for points in series.values() for _, v in points if v > 0]
         if logarithmic and positive:
             axes.set_yscale("log")

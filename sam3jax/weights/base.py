@@ -27,7 +27,10 @@ from sam3jax.weights.scope import scope_of
 from sam3jax.weights.tree import Tree
 
 # What a user sets of a model that is read from a folder; its sizes come with it.
-AT_RUN_TIME = {"image_size", "dropout", "drop_path", "compute_dtype"}
+# The two switches are of the program that will run the model: a training can be for transformers.
+AT_RUN_TIME = {
+    "image_size", "dropout", "drop_path", "compute_dtype", "remat", "geometry_without_boxes", "clamp_presence",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

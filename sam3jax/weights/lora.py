@@ -48,6 +48,13 @@ def select(patterns: Sequence[str], names: Sequence[str], key: str) -> set[str]:
     return chosen
 
 
+def adapted_layers(model: ModelConfig, config: LoraConfig, scope: Scope = DETECTION) -> list[Entry]:
+    """The kernels that get an adapter. Raises ConfigError for a pattern without a match."""
+    layers = [e for e in linear_layers(model, scope.parts) if scope.covers(e)]
+    chosen = select(config.targets, [e.layer for e in layers], "lora.targets")
+    return [e for e in layers if e.layer in chosen]
+
+
 def init_lora(
     key: jax.Array,
     params: Tree,
@@ -59,12 +66,9 @@ def init_lora(
 
     params: the tree of arrays or of shapes. Raises ConfigError for a pattern without a match.
     """
-    layers = [e for e in linear_layers(model, scope.parts) if scope.covers(e)]
-    chosen = select(config.targets, [e.layer for e in layers], "lora.targets")
     slots: dict[Path, list[tuple[int, ...]]] = {}
-    for entry in layers:
-        if entry.layer in chosen:
-            slots.setdefault(entry.path[:-1], []).append(entry.slot)
+    for entry in adapted_layers(model, config, scope):
+        slots.setdefault(entry.path[:-1], []).append(entry.slot)
     lora: Tree = {}
     scales: Tree = {}
     for path, where in slots.items():

@@ -17,6 +17,7 @@ from sam3jax.files import FileError
 from sam3jax.model.init import parameter_shapes
 from sam3jax.weights.names import DEFAULT_PARTS, DETECTOR_PART, Entry, entries, parts_of
 from sam3jax.weights.tensor_file import Tensor, is_float
+from sam3jax.weights.tracker_names import MULTIPLEX_NAMES
 
 Path = tuple[str, ...]
 # Where the tracker's tensors stand when a picture model with clicks was saved.
@@ -89,7 +90,10 @@ def by_official_name(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def official_name(name: str) -> str:
-    """A carried tensor's name in sam3.pt."""
+    """A carried tensor's name in sam3.pt; what SAM 3.1 alone has keeps its own."""
+    for there, here in MULTIPLEX_NAMES:
+        if name.startswith(there):
+            return here + name.removeprefix(there)
     if name.startswith(INSIDE_PICTURE_MODEL):
         return "tracker." + name.removeprefix(INSIDE_PICTURE_MODEL)
     return name

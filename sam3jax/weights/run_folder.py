@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class Run:
 
     variables: tuned; base_variables: where it began; step: of `variables`. thresholds: phrase -> score
     chosen when they were validated. trained: what the checkpoint holds of `variables`;
-    base_fingerprint: of the weights below.
+    base_fingerprint: of the weights below. metrics: of that validation.
     """
 
     path: Path
@@ -65,6 +65,7 @@ class Run:
     thresholds: dict[str, float]
     trained: Tree
     base_fingerprint: str
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def open_run_base(path: str | Path) -> Base:
@@ -104,6 +105,7 @@ def read_run(path: str | Path, *, step: int | None = None) -> Run:
         path=path, config=config, model=Sam3(config.model), variables=merge(trained, frozen),
         base_variables={"params": merge(own, frozen)["params"]}, tokenizer=base.tokenizer, step=step,
         thresholds=validation.get("thresholds", {}), trained=trained, base_fingerprint=weights.fingerprint,
+        metrics=validation.get("metrics", {}),
     )  # fmt: skip
 
 

@@ -114,10 +114,12 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path} is cut short: {size:,} bytes, its header alone takes {start:,}; fetch it again"
             )
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_once)
             metadata = header.pop("__metadata__", {})
-            spans = {name: _span(entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not isinstance(metadata, dict):
+                raise ValueError("__metadata__ is no object")
+            spans = {name: _span(name, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileError(
                 f"{path} is not a safetensors file: unreadable header ({error})"
             ) from error
@@ -126,6 +128,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileError(
             f"{path} is cut short: {size:,} bytes of {expected:,}; copy or download it again"
         )
+    _check_spans(path, {name: span[2:] for name, span in spans.items()}, size - start)
 
     return {
         name: _file_tensor(path, dtype, shape, start + begin)
@@ -145,14 +148,44 @@ def _file_tensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: in
     return Tensor(shape, dtype, get)
 
 
-def _span(entry: dict[str, Any]) -> tuple[np.dtype, tuple[int, ...], int, int]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where a name stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands in it twice")
+    return found
+
+
+def _span(name: str, entry: dict[str, Any]) -> tuple[np.dtype, tuple[int, ...], int, int]:
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is not known here")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
+        raise ValueError(f"dtype {entry['dtype']} of {name} is not known here")
+    dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        good = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        if not good:
+            raise ValueError(f"{numbers!r:.80} of {name}, expected whole numbers from 0")
+    begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
-    return dtype, shape, begin, end
+        raise ValueError(f"{name} has {end - begin} bytes for {dtype} {shape}")
+    return dtype, tuple(shape), begin, end
+
+
+def _check_spans(path: Path, spans: Mapping[str, tuple[int, int]], size: int) -> None:
+    """Raises FileError where the tensors do not fill the data one behind the other, as the format demands."""
+    at = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != at:
+            what = "overlap" if begin < at else "leave a hole"
+            raise FileError(
+                f"{path} is damaged: the bytes of {name} begin at {begin:,}, expected {at:,}: its tensors {what}; "
+                "download it again"
+            )
+        at = end
+    if at != size:
+        raise FileError(
+            f"{path} is damaged: {size - at:,} bytes follow that belong to no tensor; download it again"
+        )
 
 
 def write_tensors(

@@ -10,12 +10,23 @@ from __future__ import annotations
 NECK, NECK_HUGGINGFACE = "backbone.vision_backbone.convs", "vision_encoder.neck.fpn_layers"
 SECOND_NECK = "backbone.vision_backbone.sam2_convs"
 SECOND_NECK_HUGGINGFACE = "tracker_neck.fpn_layers"
+# SAM 3.1 has two further necks, and the clicking heads beside those of its multiplex memory.
+INTERACTIVE_NECK = "backbone.vision_backbone.interactive_convs"
+PROPAGATION_NECK = "backbone.vision_backbone.propagation_convs"
 TRACKER, TRACKER_HUGGINGFACE = "tracker.", "tracker_model."
 PROMPT, DECODER = f"{TRACKER}sam_prompt_encoder", f"{TRACKER}sam_mask_decoder"
 POINTS, LAYERS = f"{PROMPT}.point_embeddings", f"{DECODER}.transformer.layers"
 HYPERNETWORKS = f"{DECODER}.output_hypernetworks_mlps"
 FREQUENCIES = f"{PROMPT}.pe_layer.positional_encoding_gaussian_matrix"
 _PROMPT, _DECODER = f"{TRACKER_HUGGINGFACE}prompt_encoder", f"{TRACKER_HUGGINGFACE}mask_decoder"
+
+# (beginning of a name in SAM 3.1, in SAM 3) of what both have.
+MULTIPLEX_NAMES = (
+    (f"{TRACKER}model.interactive_sam_prompt_encoder.", f"{PROMPT}."),
+    (f"{TRACKER}model.interactive_sam_mask_decoder.", f"{DECODER}."),
+    (f"{TRACKER}model.interactivity_no_mem_embed", f"{TRACKER}no_mem_embed"),
+    (f"{INTERACTIVE_NECK}.", f"{SECOND_NECK}."),
+)
 
 # Layers of each stack that a `{layer}` of these rows numbers.
 STACKS = {POINTS: 4, LAYERS: 2, HYPERNETWORKS: 4}

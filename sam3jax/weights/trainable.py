@@ -14,7 +14,8 @@ from typing import Any
 import jax
 
 from sam3jax.config import Config, ConfigError, ModelConfig
-from sam3jax.weights.lora import init_lora, select
+from sam3jax.weights.lora import adapted_layers, init_lora, select
+from sam3jax.weights.names import Entry
 from sam3jax.weights.scope import live_entries, scope_of
 from sam3jax.weights.tree import Tree, leaf, overlay, put
 
@@ -46,21 +47,31 @@ def split(params: Tree, lora: Tree, lora_scale: Tree, config: Config) -> tuple[T
     Buffers, such as the prompt encoder's random frequencies, and what the task does not read are frozen
     whatever is trained.
     """
-    table = live_entries(config)
-    can_move = [e for e in table if scope_of(config).covers(e)]
-    if config.train == "all":
-        paths = {e.path for e in can_move}
-    else:
-        chosen = select(config.trainable, [e.name for e in can_move], "trainable")
-        paths = {e.path for e in can_move if e.name in chosen}
+    paths = {e.path for e in trained_entries(config)}
     trained: Tree = {}
     rest: Tree = {}
-    for path in dict.fromkeys(e.path for e in table):
+    for path in dict.fromkeys(e.path for e in live_entries(config)):
         put(trained if path in paths else rest, path, leaf(params, path))
     trainable = {"lora": lora} if lora else {}
     if trained:
         trainable["params"] = trained
     return trainable, {"params": rest, "lora_scale": lora_scale}
+
+
+def trained_entries(config: Config) -> list[Entry]:
+    """The tensors that a run trains themselves, layer by layer. Raises ConfigError for a pattern without a match."""
+    can_move = [e for e in live_entries(config) if scope_of(config).covers(e)]
+    if config.train == "all":
+        return can_move
+    chosen = select(config.trainable, [e.name for e in can_move], "trainable")
+    return [e for e in can_move if e.name in chosen]
+
+
+def adapted_entries(config: Config) -> list[Entry]:
+    """The kernels that a run gives an adapter, layer by layer."""
+    if config.train != "lora" or not config.lora.enabled:
+        return []
+    return adapted_layers(config.model, config.lora, scope_of(config))
 
 
 def merge(trainable: Tree, frozen: Tree) -> Tree:

@@ -18,6 +18,8 @@ from tests import torch_reference as reference
 
 FRAMES, PROMPTS = 3, 2
 TERM, GRADIENT = 1e-5, 1e-4
+pytestmark = pytest.mark.slow
+
 NORMALISATIONS = {
     "plain": dict(scale_by_find_batch_size=False),
     "by stages": dict(scale_by_find_batch_size=False, normalize_by_stage_num=True),

@@ -20,6 +20,8 @@ from sam3jax.weights.names import carried_shapes, entries
 from tests import bridge
 from tests import torch_reference as reference
 
+pytestmark = pytest.mark.slow
+
 LOSS = LossConfig(scale_by_find_batch_size=False)
 TERM, WHOLE, GRADIENT = 1e-5, 1e-4, 1e-3
 

@@ -16,8 +16,9 @@ import jax
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
-from convert.adapters import adapters_of, write_adapter
+from convert.adapters import adapters_of
 from convert.huggingface_config import huggingface_config
+from convert.peft_folder import write_adapter
 from sam3jax.config import LoraConfig, ModelConfig
 from sam3jax.model import Sam3
 from sam3jax.types import Prompts

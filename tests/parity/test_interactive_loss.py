@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sam3")
 from tests import click_reference
 
+pytestmark = pytest.mark.slow
+
 NAMES = {"loss_mask": "mask", "loss_dice": "dice", "loss_iou": "iou_error", "loss_class": "score"}
 GRID, EDGE = 12, 42
 

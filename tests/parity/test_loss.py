@@ -23,6 +23,9 @@ from tests.parity import loss_reference as reference
 matched = jax.jit(match, static_argnums=2)
 
 
+pytestmark = pytest.mark.slow
+
+
 def assert_equal(case: Case, config: LossConfig, **options) -> dict[str, float]:
     got, want = run(case, config, **options), reference.run(case, config)
     assert_same(got, want)

@@ -87,7 +87,8 @@ def test_neck(case):
 
 def test_text_encoder(case):
     mask, features, _ = case.inside["backbone.language_backbone"][2]
-    got = case.run("encode_text", case.tokens)
+    asked = case.tokens[: features.shape[1]]  # without the rows that fill up
+    got = case.run("encode_text", asked)
     assert relative(got.features, batch_first(features)) < TOLERANCE
     assert (np.asarray(got.valid) == ~array(mask)).all()
 

@@ -1,0 +1,125 @@
+"""Say whether a training fits a device, here or elsewhere: `python -m sam3jax.plan --config X --device h100`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
+    from sam3jax.cli import door
+
+    raise SystemExit(door("plan"))
+
+from sam3jax.config import Config, ConfigError, load_config, parse_config, read_settings
+from sam3jax.errors import exit_status
+from sam3jax.options import parse
+from sam3jax.training import plan, targets
+
+GB = 1e9
+# What may be tried where a step does not fit, and what it costs besides.
+REMEDIES = (
+    ("micro_batch=1", "more updates of one picture at a time, the same result"),
+    ("model.remat=true", "a third more computation"),
+    ("model.compute_dtype=bfloat16", "products in half precision"),
+    ("loss.mask_chunk=1", "masks one after the other"),
+    ("loss.mask_resolution=prediction", "masks are compared at a quarter of the picture's edge"),
+    ("data.max_prompts=1", "one phrase a picture in each update"),
+    ("lora.targets=[transformer.decoder.layers.*]", "the trunk and the fusion stay as they are"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan of a run; returns the exit status, 1 where it does not fit."""
+    options = parse("plan", arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    if config.data.train is None:
+        if config.task != "detect":
+            raise ConfigError(
+                "no training data: set data.train, whose shapes the step is compiled for"
+            )
+        few = {"train": "shapes", "shapes_train": config.batch_size, "shapes_valid": 0}
+        config = config.model_copy(update={"data": config.data.model_copy(update=few)})
+        print(
+            "data.train is not set: generated pictures stand in, with the settings' numbers of phrases"
+        )
+    card, devices = targets.target(options.device) if options.device else targets.here()
+    for line in _warnings(config, card):
+        print(line)
+    print(f"compiling for {len(devices)} x {card.name} ...", flush=True)
+    found = plan.needs(config, devices)
+    for line in describe(found, config, card, len(devices)):
+        print(line)
+    room = plan.USABLE * card.memory
+    if found.peak <= room:
+        if options.search:
+            one = plan.needs(plan.with_micro_batch(config, 1, len(devices)), devices)
+            most, needs = plan.most_that_fits(config, devices, card, one)
+            peak = f", {needs.peak / GB:.2f} GB" if needs else ""
+            print(f"largest micro_batch that fits: {most}{peak}")
+        return 0
+    print(
+        f"it does not fit: {(found.peak - room) / GB:.2f} GB too much. What each of these alone would need:"
+    )
+    for setting, needs, cost in remedies(config, devices):
+        fits = "fits" if needs.peak <= room else "still too much"
+        print(f"  {setting:<44} {needs.peak / GB:7.2f} GB  {fits:<14} {cost}", flush=True)
+    return 1
+
+
+def _warnings(config: Config, card: targets.Card) -> list[str]:
+    if card.gpu and card.gpu[0] < (8, 0) and config.model.compute_dtype == "bfloat16":
+        return [
+            f"{card.name} has no units for bfloat16: numbers are kept in it and computed in float32"
+        ]
+    return []
+
+
+def describe(found: plan.Needs, config: Config, card: targets.Card, devices: int) -> list[str]:
+    """Lines for people: memory against the card's, work against its rates, what the devices send."""
+    held = config.micro_batch or config.batch_size // devices
+    lines = [
+        f"parameters trained      {found.trained:,}",
+        f"pictures of one update  {found.pictures}, {held} at once on a device",
+        f"arguments               {found.arguments / GB:.2f} GB (weights, optimizer, batch)",
+        f"temporaries             {found.temporaries / GB:.2f} GB",
+        f"peak                    {found.peak / GB:.2f} GB of {card.memory / GB:.1f} GB, of which {plan.USABLE:.0%} are "
+        "counted on",
+        f"products                {found.flops / 1e12:.2f} TFLOP a device and update",
+    ]
+    if card.rates:
+        work = found.flops / card.rates[config.model.compute_dtype]
+        read = found.arguments / card.bandwidth
+        lines.append(
+            f"no update is faster than {max(work, read):.3f} s ({work:.3f} s of products at the card's rate, "
+            f"{read:.3f} s to read the arguments once)"
+        )
+    if devices > 1:
+        for kind, (number, size) in found.collectives.items():
+            lines.append(f"{kind:<23} {number}, {size / 1e6:.1f} MB in all")
+    return [*lines, f"compiled in {found.seconds:.0f} s; nothing was run"]
+
+
+def remedies(config: Config, devices: Sequence[Any]) -> list[tuple[str, plan.Needs, str]]:
+    """(setting, needs, what it costs) of the three settings that save most, each compiled by itself."""
+    tried = []
+    for setting, cost in REMEDIES:
+        changed = _with(config, setting)
+        if changed == config:
+            continue
+        try:
+            tried.append((setting, plan.needs(changed, devices), cost))
+        except ConfigError:  # this setting does not go with the others
+            continue
+        print(f"  tried {setting}", flush=True)
+    return sorted(tried, key=lambda x: x[1].peak)[:3]
+
+
+def _with(config: Config, setting: str) -> Config:
+    """The configuration with one setting more; a model's own sizes stay as they are."""
+    said = config.model_dump(exclude_unset=True, mode="json")
+    return parse_config(read_settings([setting], Config, said))
