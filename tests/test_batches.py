@@ -111,6 +111,10 @@ def test_a_picture_is_kept_by_a_run_that_continues_and_none_ends_it(tmp_path):
     assert Image.open(file).getextrema() == (0, 0)
     draw_first(1, lambda: bright, tmp_path, log, again=True)
     assert Image.open(file).getextrema() == (255, 255)
-    (tmp_path / "other").write_text("")
-    draw_first(1, lambda: dark, tmp_path / "other", log, again=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "batches").write_text("")  # a file where the folder should be
+    draw_first(1, lambda: dark, other, log, again=True)
     assert "batch 1 is not drawn" in log.lines[-1]
+    draw_first(1, lambda: dark, tmp_path / "removed", log, again=True)
+    assert not (tmp_path / "removed").exists()

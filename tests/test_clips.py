@@ -202,6 +202,14 @@ def test_batches_depend_on_their_number_alone(dataset):
         loader_of(dataset, Sampling(2)).set_state(state)
 
 
+def test_pixels_change_alike_in_all_frames_and_targets_do_not(dataset):
+    asked = {"max_prompts": 3, "negatives": 1}
+    plain, grey = (next(loader_of(dataset, data={**asked, "grey": g})) for g in (0.0, 1.0))
+    assert (np.ptp(plain.images, axis=-1) > 10).any((1, 2)).all()
+    assert np.ptp(grey.images, axis=-1).max() <= 1
+    np.testing.assert_array_equal(plain.targets.masks, grey.targets.masks)
+
+
 def test_a_batch_that_is_no_whole_number_of_clips_is_refused(dataset):
     with pytest.raises(DataError, match="no whole number of clips of 4"):
         loader_of(dataset, Sampling(4))

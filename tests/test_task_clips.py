@@ -99,6 +99,7 @@ def test_steady_scores_are_those_of_objects_in_sight(tmp_path):
     [
         ({"data.train": "nowhere"}, "no videos at nowhere"),
         ({"batch_size": 3}, "no whole number of clips of 2"),
+        ({"data.repeat_threshold": 0.1}, "data.repeat_threshold is for pictures"),
         ({"clips.frame": 3}, "unknown config key clips.frame"),
         ({"data.valid": None, "data.train": None}, "no training data: set data.train"),
     ],
