@@ -175,7 +175,8 @@ class Checkpoints:
         """Put a validation into the checkpoint of its step, and drop checkpoints that need not stay."""
         self.wait()
         if jax.process_index() == 0:
-            write_validation(self._folder / str(step), _read_about(self._run, step), validation)
+            whose = _read_about(self._run, step).get("run")
+            write_validation(self._folder / str(step), whose, validation)
         self._validations[step] = validation
         self.prune()
 

@@ -14,9 +14,9 @@ from sam3jax.files import write_json
 VALIDATION = "validation.json"
 
 
-def write_validation(folder: Path, about: dict[str, Any], validation: dict[str, Any]) -> None:
-    """folder: of the checkpoint; about: says whose it is."""
-    whose = {"run": about.get("run"), "step": about.get("step")}
+def write_validation(folder: Path, run: str | None, validation: dict[str, Any]) -> None:
+    """folder: of the checkpoint; run: identity of its run."""
+    whose = {"run": run, "step": int(folder.name)}
     write_json(folder / VALIDATION, sealed({**whose, **validation}))
 
 
