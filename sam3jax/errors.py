@@ -25,6 +25,11 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def remark(text: object) -> None:
+    """One line on stderr: nothing is wrong enough to stop, and still the user should know."""
+    print(f"note: {plain(text)}", file=sys.stderr)
+
+
 class Stopped(Exception):
     """A signal ended a command in good order. The message says how to go on; status: of the exit."""
 

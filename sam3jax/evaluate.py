@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 
     raise SystemExit(door("evaluate"))
 
+from sam3jax.checksums import record_files
 from sam3jax.config import Config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
@@ -81,6 +82,7 @@ def evaluate_command(run: Run, dataset: Dataset, options: argparse.Namespace) ->
         before, after = (summary(ask(probe, base=base), probe) for base in (True, False))
         report["probe"] = {**after, "base": before, "compare": compare(before, after)}
         write_json(output / "evaluation.json", report)
+        record_files(output, "evaluation.json")
     return report
 
 

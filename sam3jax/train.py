@@ -125,8 +125,10 @@ def train(config: Config) -> dict[str, Any]:
                 # The line of a step is written before its checkpoint, so that a kill loses neither.
                 steps.flush()
                 folder.check()
-                about = {"run": folder.id, "step": number}
-                about |= {"base": weights.fingerprint, "data": loader.get_state()}
+                about = {
+                    "run": folder.id, "step": number, "base": weights.fingerprint, "data": loader.get_state(),
+                    "validates": validates and validate is not None,
+                }  # fmt: skip
                 save(checkpoints, state, about)
                 interruptions.saved()
                 if stop:

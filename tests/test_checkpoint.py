@@ -114,7 +114,9 @@ def test_the_best_checkpoint_is_asked_of_the_checkpoints(tmp_path):
     """The newest two and the best stay; of equal scores the later step is best."""
     saved = Checkpoints(tmp_path, keep=2)
     for step, score in enumerate((0.2, 0.5, 0.5, None, 0.1, 0.3), start=1):
-        saved.save(step, {"x": np.full(3, step)}, {"step": np.array(step)}, {"base": "noise"})
+        saved.save(
+            step, {"x": np.full(3, step)}, {"step": np.array(step)}, {"base": "noise", "data": {}}
+        )
         if score is not None:
             saved.attach(step, {"metrics": {"AP": score}, "thresholds": {}, "score": score})
     saved.close()

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("types", "boxes", "files"),
+    ("checksums",),
     ("config",),
     ("options",),
     ("data", "model"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sam3jax.checksums import record_files
 from sam3jax.data.records import Dataset
 from sam3jax.evaluation.click_ask import ClickEvaluation
 from sam3jax.files import write_json
@@ -35,6 +36,7 @@ def write_click_evaluation(
             record["base_ious"] = old["ious"]
     write_json(output / "evaluation.json", report)
     write_json(output / "clicks.json", objects)
+    record_files(output, "evaluation.json", "clicks.json")
     return report
 
 

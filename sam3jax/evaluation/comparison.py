@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sam3jax.checksums import record_files
 from sam3jax.data.coco import Dataset
 from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
@@ -38,6 +39,8 @@ def write_evaluation(
             output / "comparison",
         )  # fmt: skip
     write_json(output / "evaluation.json", report)
+    written = ("evaluation.json", "predictions.json", "base_predictions.json")
+    record_files(output, *(written if base is not None else written[:2]))
     return report
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sam3jax.checksums import changed, forget
 from sam3jax.config import Config
 from sam3jax.files import write_text
 from sam3jax.training.board import Board
@@ -32,7 +33,7 @@ class RunLog:
     def __init__(
         self, run: Path, step: int, total: int, *, validated: bool = True, write: bool = True
     ) -> None:
-        self._write = write
+        self._run, self._write = run, write
         self._console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -50,7 +51,14 @@ class RunLog:
         kept = []
         if file.is_file():
             last = {"train": step, "valid": step if validated else step - 1}
-            kept = [line for line in file.read_text().splitlines() if _is_kept(line, last)]
+            if damaged := changed(run, [file.name]):
+                self.say(f"{', '.join(damaged)}: not as the run wrote it; its curves may be wrong")
+            forget(run, file.name)
+            kept = [
+                line
+                for line in file.read_text(errors="replace").splitlines()
+                if _is_kept(line, last)
+            ]
             write_text(file, "".join(f"{line}\n" for line in kept))
         self._file = file.open("a")
         self._board = Board(run / "tensorboard", step, self.say)
@@ -87,7 +95,9 @@ class RunLog:
 
     def picture(self, step: int, name: str, picture: Any, folder: Path) -> None:
         """A panel: PNG in the run folder and image in TensorBoard."""
-        if not self._write:
+        if (
+            not self._write or not self._run.is_dir()
+        ):  # a run that was removed is not begun again here
             return
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{name}.png")

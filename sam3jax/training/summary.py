@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sam3jax.checksums import changed, record_files
 from sam3jax.files import write_json
 from sam3jax.viewing.report import write_report
+
+FILES = ("summary.json", "metrics.jsonl", "report.html")  # written last
 
 
 def finish(run: Path, summary: dict[str, Any]) -> None:
     """Write summary.json, then report.html, which shows it."""
     write_json(run / "summary.json", summary)
+    record_files(run, "summary.json", "metrics.jsonl")
     write_report(run)
 
 
@@ -23,7 +27,7 @@ def finished(run: Path, steps: int) -> dict[str, Any] | None:
         if report.stat().st_mtime_ns < summary.stat().st_mtime_ns:
             return None
         found = json.loads(summary.read_text())
-        return found if found["steps"] >= steps else None
+        return found if found["steps"] >= steps and not changed(run, FILES) else None
     except (
         OSError,
         ValueError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sam3jax.training.state import TrainState
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.trainable import merge
 from sam3jax.weights.tree import Tree
+
+_WORST = -1e30  # the score of a metric that is not finite
 
 
 class Validation:
@@ -52,11 +55,13 @@ class Validation:
             self._log.picture(step, name, panel, self._run / "predictions" / f"{step:07d}")
         name = self._judged(found.metrics)
         score = found.metrics[name] * (-1 if less_is_better(name) else 1)
-        validation = {"metrics": found.metrics, "thresholds": found.thresholds, "score": score}
-        self._checkpoints.attach(step, validation)
-        if self._checkpoints.best() == step and jax.process_index() == 0:
+        score = score if math.isfinite(score) else _WORST
+        # Before the checkpoint counts as validated: a run that is killed between the two writes them again.
+        if self._checkpoints.would_be_best(step, score) and jax.process_index() == 0:
             about = {"run": str(self._run), "step": step, "weights": "tuned"}
             found.write(self._run, self._before, about)
+        validation = {"metrics": found.metrics, "thresholds": found.thresholds, "score": score}
+        self._checkpoints.attach(step, validation)
 
     def _judged(self, metrics: dict[str, float]) -> str:
         """The metric that decides which checkpoint is best."""

@@ -13,22 +13,25 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
 from PIL import Image
 
+from sam3jax.checksums import record_files
 from sam3jax.config import ConfigError, load_config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_datasets
 from sam3jax.data.describe import describe
 from sam3jax.data.pictures import DataError
 from sam3jax.data.video_sets import open_frames
+from sam3jax.errors import UserError
 from sam3jax.files import write_text
 from sam3jax.viewing import draw
 from sam3jax.viewing.page import page
+from sam3jax.viewing.run_files import by_picture, damage, not_as_written, read_json
 
 _PICTURES = 4  # best, worst and most different, each
 _POINTS = 400  # of a curve: more cannot be seen
@@ -44,6 +47,7 @@ _COLUMNS = {"instances": "n", "AP": "AP", "AP50": "AP50", "AP75": "AP75", "preci
             "best_threshold": "best threshold"}  # fmt: skip
 
 _OPEN = {"clips": open_frames}  # of tasks whose pictures are not a picture data set
+REPORT = "report.html"
 
 Series = dict[str, list[tuple[float, float]]]
 
@@ -57,17 +61,31 @@ def write_report(run: str | Path, datasets: Mapping[str, Dataset] | None = None)
     folder = Path(run)
     if not folder.is_dir():
         raise DataError(f"no run folder {folder}: give the folder that training wrote")
-    evaluation = _json(folder / "evaluation.json")
+    damaged = damage(folder)
+    try:
+        html = _page_of(folder, datasets, damaged)
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        if isinstance(error, UserError) or not damaged:
+            raise
+        raise DataError(f"{not_as_written(folder, damaged)} ({type(error).__name__})") from error
+    write_text(folder / REPORT, html)
+    record_files(folder, REPORT)
+    return folder / REPORT
+
+
+def _page_of(folder: Path, datasets: Mapping[str, Dataset] | None, damaged: Sequence[str]) -> str:
+    evaluation = read_json(folder / "evaluation.json", {})
     remark = ""
     if datasets is None:
         datasets, remark = _datasets(folder)
     sections = [
+        ("Damage", _note(not_as_written(folder, damaged)) if damaged else ""),
         ("Results", _tiles(evaluation) + _base_against_tuned(evaluation)),
         ("Categories", _categories(evaluation)),
         ("Curves", _curves(read_curves(folder / "metrics.jsonl"))),
         ("Pictures", _pictures(folder, evaluation, datasets.get("valid")) or _note(remark)),
         ("Data", _data(datasets) or _note(remark)),
-        ("Run", _summary(_json(folder / "summary.json"))),
+        ("Run", _summary(read_json(folder / "summary.json", {}))),
         ("Configuration", _config(folder / "config.yaml")),
     ]
     body = "\n".join(
@@ -77,15 +95,13 @@ def write_report(run: str | Path, datasets: Mapping[str, Dataset] | None = None)
     )
     links = " ".join(f'<a href="#{name.lower()}">{name}</a>' for name, html in sections if html)
     step = f", step {evaluation['step']}" if "step" in evaluation else ""
-    html = page(
+    return page(
         title=folder.resolve().name,
         step=step,
         data=without_places(str(evaluation.get("data", ""))),
         links=Markup(links),  # made here, of fixed words
         body=Markup(body),  # made by the functions below, which escape what they are given
     )
-    write_text(folder / "report.html", html)
-    return folder / "report.html"
 
 
 # A path from the root, at least two folders deep; the last part is kept.
@@ -222,8 +238,8 @@ def _pictures(folder: Path, evaluation: Mapping[str, Any], dataset: Dataset | No
     scored = evaluation.get("pictures", ())
     if dataset is None or not scored:
         return ""
-    tuned = _by_picture(_json(folder / "predictions.json", []))
-    base = _by_picture(_json(folder / "base_predictions.json", []))
+    tuned = by_picture(read_json(folder / "predictions.json", []))
+    base = by_picture(read_json(folder / "base_predictions.json", []))
     threshold = evaluation.get("threshold", 0.5)
     worst = scored[:_PICTURES]
     best = [p for p in reversed(scored) if p not in worst][:_PICTURES]
@@ -308,7 +324,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _config(file: Path) -> str:
     if not file.is_file():
         return ""
-    text = escape(without_places(file.read_text()))
+    text = escape(without_places(file.read_text(errors="replace")))
     return f"<details><summary>config.yaml</summary><pre>{text}</pre></details>"
 
 
@@ -322,22 +338,6 @@ def _datasets(folder: Path) -> tuple[dict[str, Dataset], str]:
     except (DataError, ConfigError) as error:
         return {}, f"The data cannot be read any more: {error}"
     return {"train": train, **({"valid": valid} if valid is not None else {})}, ""
-
-
-def _by_picture(results: Iterable[Mapping[str, Any]]) -> dict[Any, list[Mapping[str, Any]]]:
-    grouped: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    for result in results:
-        grouped[result["image_id"]].append(result)
-    return dict(grouped)
-
-
-def _json(file: Path, default: Any = None) -> Any:
-    if not file.is_file():
-        return {} if default is None else default
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}): run sam3jax.evaluate again") from error
 
 
 def _number(value: Any) -> str:

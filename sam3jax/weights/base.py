@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sam3jax.checksums import of_array
 from sam3jax.config import Config, ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.model.init import init_params
@@ -122,9 +122,8 @@ def fingerprint(tree: Tree, behind: str = "") -> str:
     """
     digest = hashlib.sha256(behind.encode())
     for path, leaf in jax.tree.leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
-        checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data)  # twice the pace of a sha256
-        text = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} {checksum}"
+        array = np.ascontiguousarray(leaf)  # a sha256 of the values takes twice as long
+        text = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} {of_array(array)}"
         digest.update(text.encode())
     return digest.hexdigest()[:32]
 

@@ -2,7 +2,8 @@
 
     checkpoints/STEP/weights          what was trained; averaged, where the run averages
                      state            what only training needs: optimizer, counters, unaveraged weights
-                     about            JSON: the run's identity, the step, the base's fingerprint, where the data stand
+                     about            JSON: the run's identity, the step, the base's fingerprint, where the data
+                                      stand, whether a validation follows, and a checksum of every array
                      validation.json  metrics, thresholds and score, once the step was validated
 
 Weights lie apart from state, so a run is read without an optimizer. Which checkpoint is best is asked of
@@ -21,12 +22,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from sam3jax.checksums import differences, is_whole, of_arrays, sealed
 from sam3jax.config import ConfigError
-from sam3jax.files import FileError, disk_full, write_json
+from sam3jax.errors import remark
+from sam3jax.files import FileError, disk_full
 from sam3jax.weights.tree import Tree
+from sam3jax.weights.validations import read_validation, write_validation
 
 CHECKPOINTS = "checkpoints"
-VALIDATION = "validation.json"
+SUMS = "checksums"
 _FULL = ("No space left", "quota exceeded", "File too large", "RESOURCE_EXHAUSTED")
 
 
@@ -55,9 +59,10 @@ def _read_about(run: Path, step: int) -> dict[str, Any]:
     file = run / CHECKPOINTS / str(step) / "about" / "metadata"
     try:
         about = json.loads(file.read_text())
-        if isinstance(about["base"], str) and isinstance(about["data"], dict):
+        good = isinstance(about["base"], str) and isinstance(about["data"], dict)
+        if good and is_whole(about) is not False:
             return about
-        why = "it holds something else"
+        why = "its checksum differs" if good else "it holds something else"
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = getattr(error, "strerror", None) or f"{error or type(error).__name__}"
     raise _damaged(run, step, f"{file} cannot be read ({why})")
@@ -87,9 +92,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(read_only=keep is None, create=keep is not None)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         for step in self._steps():
-            file = self._folder / str(step) / VALIDATION
-            if file.is_file():
-                self._validations[step] = json.loads(file.read_text())
+            place, about = run / CHECKPOINTS / str(step), _read_about(run, step)
+            if (found := read_validation(place, about.get("run"))) is not None:
+                self._validations[step] = found
+            elif about.get("validates") and keep is None:
+                remark(
+                    f"{place} is not validated, though its training meant to: the training still runs, was stopped, or "
+                    "a file was removed; its command validates the newest step again"
+                )
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
@@ -97,8 +107,12 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Step of the best validated checkpoint, else of the newest. Ties go to the later step."""
-        scored = [(v["score"], step) for step, v in self._validations.items()]
+        scored = self._scored()
         return max(scored)[1] if scored else self.latest()
+
+    def would_be_best(self, step: int, score: float) -> bool:
+        """Whether a step with such a score is the best one."""
+        return (score, step) >= max(self._scored(), default=(score, step))
 
     def about(self, step: int, run_id: str | None) -> dict[str, Any]:
         """The JSON that was saved with a step. Raises ConfigError for another run's or step's checkpoint.
@@ -128,7 +142,9 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like
         )
-        return jax.device_get(self._restore(step, weights=_standard(abstract))["weights"])
+        found = jax.device_get(self._restore(step, weights=_standard(abstract))["weights"])
+        self._check(step, weights=found)
+        return found
 
     def restore(self, step: int, weights: Tree, state: Any) -> tuple[Tree, Any]:
         """(weights, state) of a step, in the shapes and on the devices of those given."""
@@ -136,6 +152,7 @@ class Checkpoints:
         found = self._restore(
             step, weights=_standard(as_given(weights)), state=_standard(as_given(state))
         )
+        self._check(step, weights=found["weights"], state=found["state"])
         return found["weights"], found["state"]
 
     def save(self, step: int, weights: Tree, state: Any, about: dict[str, Any]) -> None:
@@ -143,6 +160,9 @@ class Checkpoints:
         if step in self._steps():
             return
         self.prune()
+        if jax.process_index() == 0:  # the one that writes JSON
+            sums = {SUMS: {"weights": of_arrays(weights), "state": of_arrays(state)}}
+            about = sealed({**about, **sums})
         items = dict(
             weights=ocp.args.StandardSave(weights),
             state=ocp.args.StandardSave(state),
@@ -155,7 +175,8 @@ class Checkpoints:
         """Put a validation into the checkpoint of its step, and drop checkpoints that need not stay."""
         self.wait()
         if jax.process_index() == 0:
-            write_json(self._folder / str(step) / VALIDATION, validation)
+            whose = _read_about(self._run, step).get("run")
+            write_validation(self._folder / str(step), whose, validation)
         self._validations[step] = validation
         self.prune()
 
@@ -193,8 +214,23 @@ class Checkpoints:
         assert self._manager is not None
         return self._manager
 
+    def _scored(self) -> list[tuple[float, int]]:
+        return [(v["score"], step) for step, v in self._validations.items()]
+
     def _steps(self) -> list[int]:
         return [] if self._manager is None else list(self._manager.all_steps())
+
+    def _check(self, step: int, **items: Any) -> None:
+        """Raises ConfigError where arrays are not those that were saved."""
+        sums = _read_about(self._run, step).get(SUMS)
+        if sums is None:
+            place = self._run / CHECKPOINTS / str(step)
+            return remark(f"{place} has no checksums (an earlier version wrote it): not checked")
+        for item, found in items.items():
+            if wrong := differences(of_arrays(found), sums[item]):
+                more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                what = f"the checksum of {wrong[0]}{more} in {item} differs"
+                raise _damaged(self._run, step, what)
 
     def _restore(self, step: int, **items: Any) -> Any:
         assert self._manager is not None

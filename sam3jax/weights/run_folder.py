@@ -13,8 +13,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sam3jax.checksums import is_whole_text, sealed_text
 from sam3jax.config import Config, ConfigError, dump_config, load_config
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.errors import remark
 from sam3jax.files import make_folder, write_text
 from sam3jax.model import Sam3
 from sam3jax.weights.base import Base, open_base
@@ -76,7 +78,15 @@ def open_run_base(path: str | Path) -> Base:
             f"{path} is no run folder: expected {CONFIG}, written by python -m sam3jax.train"
         )
     refuse_old(Path(path))  # a run of version 0.1 is refused for what it is, not for its settings
-    return open_base(load_config(file))
+    return open_base(_read_config(file))
+
+
+def _read_config(file: Path) -> Config:
+    """Says so where somebody edited it: a run that lies elsewhere needs it, and damage looks the same."""
+    config = load_config(file)
+    if not is_whole_text(file.read_text()):
+        remark(f"{file} is not as training wrote it: if nobody edited it, put it back")
+    return config
 
 
 def read_run(path: str | Path, *, step: int | None = None) -> Run:
@@ -92,7 +102,7 @@ def read_run(path: str | Path, *, step: int | None = None) -> Run:
         step = step if step is not None else checkpoints.best()
         if step is None:
             raise ConfigError(f"{path} has no checkpoint yet: train it, or give another run")
-        about = checkpoints.about(step, config.id)
+        about = checkpoints.about(step, config.id or "none")
         weights = base.load()
         check_base(path, config, about["base"], weights.fingerprint)
         trainable, frozen = start(weights.params, config)
@@ -160,7 +170,7 @@ def _open_run_folder(path: Path, config: Config, fingerprint: str) -> str:
             f"{path} holds a run already and resume is false: give another output, or remove the folder"
         )
     if file.is_file() and (saved := newest_about(path)) is not None:
-        before = load_config(file)
+        before = _read_config(file)
         if changed := _changes(before, config):
             raise ConfigError(
                 f"{path} holds a run with other settings ({'; '.join(changed)}): give another output, or "
@@ -169,7 +179,7 @@ def _open_run_folder(path: Path, config: Config, fingerprint: str) -> str:
         check_base(path, config, saved["base"], fingerprint)
         identity = before.id
     identity = identity or secrets.token_hex(8)
-    write_text(file, dump_config(config.model_copy(update={"id": identity})))
+    write_text(file, sealed_text(dump_config(config.model_copy(update={"id": identity}))))
     return identity
 
 
