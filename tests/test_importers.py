@@ -248,3 +248,87 @@ def test_video_folders_are_called_video(tmp_path):
     (tmp_path / "davis/ImageSets/480p/train.txt").write_text("bear\n")
     with pytest.raises(DataError, match=r"looks like video \(DAVIS.*task=clips"):
         read_dataset(tmp_path / "davis")
+
+
+def changed(kind, file, old, new):
+    """A writer of a format whose `file` then says `new` for `old` (all of it where that is empty)."""
+
+    def make(root):
+        WRITERS[kind](root)
+        text = (root / file).read_text()
+        (root / file).write_text(text.replace(old, new) if old else new)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "said"),
+    [
+        ("yolo", changed("yolo", "data.yaml", "0: red cup", "a: red cup"), "keys that are no numbers"),
+        ("masks", changed("masks", "masks/train/a.png", "", "x"), "cannot be read"),
+        ("huggingface", changed("huggingface", "train/metadata.jsonl", '"file_name"', '"name"'), None),
+    ],
+    ids=["yolo names", "broken mask", "no file name"],
+)  # fmt: skip
+def test_damaged_folders_end_in_a_sentence(tmp_path, capsys, kind, make, said):
+    if kind == "masks":  # no text
+        make = lambda root: (write_masks(root), (root / "masks/train/a.png").write_bytes(b"x"))
+    make(tmp_path / "d")
+    assert convert(kind, tmp_path / "d", tmp_path / "out") == (2 if said else 0)
+    printed = capsys.readouterr()
+    assert said is None or said in printed.err
+    assert said or "1 x line left out: no file_name" in printed.out
+
+
+@pytest.mark.parametrize(
+    "line", ["1 50 40 10 10", "9 .5 .4 .1 .1", "1.5 .5 .4 .1 .1", "-1 .5 .4 .1 .1", "1 .5 .4 0 .1", "1 nan .5 .1 .1"]
+)  # fmt: skip
+def test_wrong_lines_of_yolo_are_left_out_and_all_of_them_are_an_error(tmp_path, capsys, line):
+    write_yolo(tmp_path / "d")
+    (tmp_path / "d/labels/train/a.txt").write_text(f"{line}\n")
+    assert convert("yolo", tmp_path / "d", tmp_path / "out") == 0
+    assert f"a.txt, id 1, found '{line}'" in capsys.readouterr().out
+    (tmp_path / "d/labels/val/b.txt").write_text(f"{line}\n")
+    assert convert("yolo", tmp_path / "d", tmp_path / "out2") == 2
+    assert "no annotation found as yolo: line left out" in capsys.readouterr().err
+    (tmp_path / "d/labels/val/b.txt").write_text(f"{line}\n" * 40 + "1 .5 .5 .1 .1\n")
+    assert convert("yolo", tmp_path / "d", tmp_path / "out3") == 2
+    assert "41 of 42 annotations cannot be read as yolo" in capsys.readouterr().err
+
+
+def test_exchanged_corners_of_voc_are_read(tmp_path):
+    write_voc(tmp_path / "d")
+    file = tmp_path / "d/Annotations/b.xml"
+    text = file.read_text()
+    for axis in "xy":
+        text = text.replace(f"{axis}min", "tmp").replace(f"{axis}max", f"{axis}min").replace("tmp", f"{axis}max")  # fmt: skip
+    file.write_text(text)
+    assert convert("voc", tmp_path / "d", tmp_path / "out") == 0
+    (found,) = read_dataset(tmp_path / "out", "valid").images[0].annotations
+    np.testing.assert_allclose(found.bbox, OTHER, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [("group_id", [1], 2), ("label", ["a"], 0), ("label", 7, 2), ("label", True, 0), ("points", [[float("nan"), 1]] * 3, 0)],
+)  # fmt: skip
+def test_odd_fields_of_labelme(tmp_path, field, value, kept):
+    write_labelme(tmp_path / "d")
+    file = tmp_path / "d/train/a.json"
+    raw = json.loads(file.read_text())
+    for shape in raw["shapes"]:
+        shape[field] = value
+    file.write_text(json.dumps(raw))
+    assert convert("labelme", tmp_path / "d", tmp_path / "out") == 0
+    assert len(read_dataset(tmp_path / "out", "train").images[0].annotations) == kept
+
+
+def test_pictures_outside_the_folder_are_not_taken_in(tmp_path, capsys):
+    write_labelme(tmp_path / "d")
+    picture(tmp_path / "secret.png", W, H)
+    (tmp_path / "d/train/a.png").unlink()
+    raw = json.loads((tmp_path / "d/train/a.json").read_text())
+    (tmp_path / "d/train/a.json").write_text(json.dumps({**raw, "imagePath": "../../secret.png"}))
+    assert convert("labelme", tmp_path / "d", tmp_path / "out") == 0
+    assert "1 x annotation file left out: its picture is missing" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("secret.png"))

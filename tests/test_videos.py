@@ -97,6 +97,100 @@ def test_wrong_lengths_and_unknown_videos_are_counted(tmp_path):
     assert problems["mask left out: RLE has another size than its picture"] == 1
 
 
+def spoilt(tmp_path, change):
+    """The data of `write_ytvis` with a changed JSON."""
+    root = made.write_ytvis(tmp_path)
+    raw = json.loads((root / "instances.json").read_text())
+    change(raw)
+    (root / "instances.json").write_text(json.dumps(raw))
+    return root
+
+
+def every(key, **values):
+    """A change of all entries of a section."""
+    return lambda raw: [entry.update(values) for entry in raw[key]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: [a.update(video_id="7", category_id=f"{a['category_id']}.0") for a in raw["annotations"]],
+        lambda raw: [a.update(category_id=["", "cat", "Dog"][a["category_id"]]) for a in raw["annotations"]],
+        lambda raw: [raw["videos"][0].update(id="v"), *(a.update(video_id="v") for a in raw["annotations"])],
+        lambda raw: raw["categories"].append({"id": 9, "name": "CAT"}),
+        every("annotations", iscrowd="0"),
+        every("videos", fps="x", width="36", height="24.0"),
+        every("videos", neg_category_ids=[3, "nothing", None]),
+    ],
+    ids=["text", "names", "named video", "same name", "crowd as text", "text numbers", "negatives"],
+)  # fmt: skip
+def test_videos_are_read_as_loosely_as_pictures(tmp_path, change):
+    data = read_videos(spoilt(tmp_path, change))
+    (video,) = data.videos
+    assert data.categories == {1: "cat", 2: "dog", 3: "bird"}
+    assert [(a.id, a.category_id, a.iscrowd) for a in video.labels[2].annotations] == [(1, 1, False), (2, 2, False)]  # fmt: skip
+    truth = made.object_masks()
+    for k, mask in masks_of(video, 2).items():
+        np.testing.assert_array_equal(mask, truth[2, k - 1])
+
+
+def test_objects_of_named_ids_stay_apart(tmp_path):
+    ids = iter(["left", None])
+    change = lambda raw: [a.update(object_id=next(ids)) for a in raw["annotations"]]
+    (video,) = read_videos(spoilt(tmp_path, change)).videos
+    assert sorted(map(len, video.objects().values())) == [2, 6]
+
+
+def test_a_box_stays_where_its_mask_cannot_be_read(tmp_path):
+    def change(raw):
+        raw["annotations"][0]["segmentations"][0] = {"size": [3, 3], "counts": [9]}
+        raw["annotations"][0]["bboxes"][1] = [None] * 4
+        raw["annotations"][0]["segmentations"][1] = None
+
+    data = read_videos(spoilt(tmp_path, change))
+    first, second = (data.videos[0].labels[t].annotations for t in (0, 1))
+    assert [(a.bbox, a.segmentation) for a in first] == [((2, 3, 9, 7), None)]
+    assert not second
+    assert data.problems["annotation left out: no box with an area"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw["videos"][0].pop("id"), "needs an `id`"),
+        (lambda raw: raw["videos"].append(None), "video None needs"),
+        (lambda raw: raw["videos"].append(raw["videos"][0]), "used twice"),
+        (lambda raw: raw["categories"][0].pop("name"), "needs an `id` and a `name`"),
+        (lambda raw: raw["categories"].append(None), "category None"),
+        (every("annotations", video_id=[7]), "its video is not listed"),
+        (every("annotations", category_id=99), "its category is not listed"),
+        (every("annotations", segmentations=3), "not one entry for each frame"),
+        (every("videos", file_names=3), "lists no frame"),
+        (every("videos", file_names=[3]), "lists no frame"),
+        (every("videos", file_names=["../../a.jpg"] * 6), "outside the data folder"),
+        (every("videos", file_names=["/etc/a.jpg"] * 6), "outside the data folder"),
+    ],
+)
+def test_what_is_wrong_with_videos_is_a_sentence(tmp_path, change, says):
+    with pytest.raises(DataError, match=says):
+        read_videos(spoilt(tmp_path, change))
+
+
+def test_odd_entries_of_videos_are_counted(tmp_path):
+    def change(raw):
+        raw["annotations"] += [None, 3, {"video_id": 7}]
+        raw["annotations"][0]["iscrowd"] = 2
+        raw["videos"][0] |= {"neg_category_ids": 3}
+
+    problems = read_videos(spoilt(tmp_path, change)).problems
+    assert problems == {
+        "object left out: its video is not listed": 2,
+        "object left out: its category is not listed": 1,
+        "iscrowd is neither 0 nor 1 (read as 0)": 1,
+        "`neg_category_ids` is no list (taken as empty)": 1,
+    }
+
+
 def test_masks_of_0_and_255_only_are_binary(tmp_path):
     root = made.write_palette(tmp_path)
     for t, file in enumerate(sorted((root / "Annotations" / "walk").iterdir())):
@@ -277,3 +371,25 @@ def test_the_shared_videos_read_alike_in_both_formats():
             a, b = masks_of(video, t), masks_of(twin, t)
             assert set(a) == set(b)
             assert all(np.array_equal(a[i], b[i]) for i in a)
+
+
+def test_what_cannot_be_read_of_sa_v_is_counted(tmp_path):
+    folder = tmp_path / "walk"
+    folder.mkdir()
+    for t, pixels in enumerate(made.pictures()):
+        Image.fromarray(pixels).save(folder / f"{t}.jpg")
+    rows, columns = made.SIZE
+    there = {"size": [rows, columns], "counts": [5, 9, rows * columns - 14]}
+    absent, bad = (
+        {"size": [rows, columns], "counts": [rows * columns]},
+        {"size": [3, 3], "counts": [9]},
+    )
+    raw = {"masklet": [[there, absent, bad], [absent, there, None]], "masklet_id": ["a", 7, 8]}
+    (tmp_path / "walk_manual.json").write_text(json.dumps(raw))
+    data = read_videos(tmp_path)
+    assert data.videos[0].annotated == (0, 4)
+    assert sorted(map(len, data.videos[0].objects().values())) == [1, 1]
+    assert data.problems == {"mask left out: RLE has another size than its picture": 1}
+    (tmp_path / "walk_manual.json").write_text(json.dumps({"masklet": 3}))
+    with pytest.raises(DataError, match="no list `masklet`"):
+        read_videos(tmp_path)

@@ -15,7 +15,9 @@ from sam3jax.data.pictures import DataError
 from sam3jax.data.videos import VideoDataset
 
 
-def read_videos(path: str | Path, split: str | None = None) -> VideoDataset:
+def read_videos(
+    path: str | Path, split: str | None = None, *, allow_outside: bool = False
+) -> VideoDataset:
     """A data set in whichever of the formats above lies at `path` (or at path/split).
 
     Raises DataError naming what was looked for.
@@ -26,7 +28,7 @@ def read_videos(path: str | Path, split: str | None = None) -> VideoDataset:
     if not root.exists():
         raise DataError(f"no videos at {root}: check the path (data.train, data.valid)")
     if root.is_file():
-        return video_json.read_json(root, split)
+        return video_json.read_json(root, split, allow_outside=allow_outside)
     if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
         return video_masks.read_masks(root, split)
     if found := video_masks.mot_folders(root):
@@ -37,7 +39,7 @@ def read_videos(path: str | Path, split: str | None = None) -> VideoDataset:
     if len(files) > 1 and split is not None:
         files = [f for f in files if split in f.stem]
     if len(files) == 1:
-        return video_json.read_json(files[0], split)
+        return video_json.read_json(files[0], split, allow_outside=allow_outside)
     raise DataError(
         f"no annotated videos in {root}: expected one JSON with `videos` (YT-VIS), JPEGImages/ with "
         f"Annotations/ (DAVIS, MOSE, YouTube-VOS), *_manual.json beside films (SA-V), or "

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import os
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sam3jax.data.boxes import parse_box, place_box
 from sam3jax.data.coco import Annotation, load_json
 from sam3jax.data.folders import PICTURES
 from sam3jax.data.frames import Film, FrameFiles, by_number
-from sam3jax.data.ledger import Ledger
-from sam3jax.data.pictures import DataError
+from sam3jax.data.ids import Ids
+from sam3jax.data.ledger import DataError, Ledger, shown
+from sam3jax.data.names import phrase_key, read_categories, visible
+from sam3jax.data.numbers import flag, number, whole
 from sam3jax.data.segmentations import read_segmentation
 from sam3jax.data.videos import (
     NOT_ANNOTATED,
@@ -22,14 +26,18 @@ from sam3jax.data.videos import (
 )
 
 _SAV_STRIDE = 4  # annotations at 6 frames per second of films at 24
+_RATE = 10.0  # frames per second where nothing says it
+_LEFT_OUT = "object left out"
+_EMPTY = "mask left out: RLE without a pixel"  # how SA-V says that an object is not there
 OBJECT = "object"  # the phrase of data without categories
 
 
-def read_json(file: Path, split: str | None = None) -> VideoDataset:
+def read_json(file: Path, split: str | None = None, *, allow_outside: bool = False) -> VideoDataset:
     """YT-VIS: `videos` (file_names), `annotations` (one an object: segmentations, null = absent).
 
     A `noun_phrase` of an annotation goes before its category's name. `video_np_pairs` (SA-Co) are
     what is known of each video: pairs without an object are its negatives, other phrases unknown.
+    allow_outside: frames may lie outside the folder. Raises DataError.
     """
     raw = load_json(file)
     wanted = ("videos", "annotations", "categories")
@@ -40,141 +48,202 @@ def read_json(file: Path, split: str | None = None) -> VideoDataset:
             f"{file} is not a video data set: no list `{'`, `'.join(missing)}` (found: {found}); "
             f"expected YT-VIS, with `videos`, `annotations` and `categories`"
         )
-    problems: Counter[str] = Counter()
-    names = {c["id"]: str(c["name"]).strip() for c in raw["categories"]}
-    first = {}
-    merged = {i: first.setdefault(name, i) for i, name in names.items()}
-    by_video: dict[Any, list[dict]] = defaultdict(list)
+    ledger = Ledger()
+    phrases = _Phrases(raw["categories"], ledger, str(file))
+    ids = _video_ids(raw["videos"], file)
+    by_video: dict[int, list[dict]] = defaultdict(list)
     for item in raw["annotations"]:
-        by_video[item.get("video_id")].append(item)
-    pairs: dict[Any, set[int]] = defaultdict(set)
-    for pair in raw.get("video_np_pairs") or ():
-        asked = pairs[pair["video_id"]]
-        if (category := _phrase_id(pair, merged, first, names)) is not None:
-            asked.add(category)
+        own = ids.find(item.get("video_id")) if isinstance(item, dict) else None
+        if own is None:
+            ledger.add(f"{_LEFT_OUT}: its video is not listed", found=item)
+        else:
+            by_video[own].append(item)
+    pairs: dict[int | None, set[int]] = defaultdict(set)
+    for pair in _listed(raw, "video_np_pairs", ledger):
+        if isinstance(pair, dict):
+            asked = pairs[ids.find(pair.get("video_id"))]
+            if (category := phrases.find(pair)) is not None:
+                asked.add(category)
     videos: list[Video] = []
     for entry in raw["videos"]:
-        frames = _frames(entry, file, split)
-        labels = _labels(by_video.pop(entry["id"], []), frames, merged, first, names, problems)
-        known = pairs.get(entry["id"])
+        own = ids.find(entry["id"])
+        assert own is not None  # looked at by `_video_ids`
+        frames = _frames(entry, file, split, allow_outside)
+        known = pairs.get(own)
         if known is None and "neg_category_ids" in entry:
-            known = {merged[i] for i in entry["neg_category_ids"] if i in merged}
+            known = phrases.categories(_listed(entry, "neg_category_ids", ledger))
+        unknown = phrases.categories(_listed(entry, "not_exhaustive_category_ids", ledger))
+        name = _name(entry)
         videos.append(
             Video(
-                id=entry["id"],
-                name=_name(entry),
+                id=own,
+                name=name,
                 frames=frames,
-                labels=labels,
+                labels=_labels(by_video[own], frames, phrases, ledger, name),
                 negative_ids=None if known is None else frozenset(known),
-                not_exhaustive_ids=frozenset(
-                    merged[i] for i in entry.get("not_exhaustive_category_ids") or () if i in merged
-                ),
+                not_exhaustive_ids=frozenset(unknown),
             )
         )
-    if by_video:
-        problems["object left out: its video is not listed"] += sum(map(len, by_video.values()))
     if not videos:
         raise DataError(f"{file} lists no video: export the videos together with their frames")
-    own = {i: name for i, name in names.items() if first[name] == i}
-    return VideoDataset(str(file), tuple(videos), own, dict(problems))
+    left = ledger.total(_LEFT_OUT)
+    if left and left >= len(raw["annotations"]):
+        raise DataError(
+            f"{file}: none of {left:,} objects can be used (for example {ledger.examples(_LEFT_OUT, 2)}): "
+            f"{next(s for s in ledger if s.startswith(_LEFT_OUT))}; export the videos again"
+        )
+    return VideoDataset(str(file), tuple(videos), phrases.names, dict(ledger))
+
+
+class _Phrases:
+    """Which category an object answers: that of its own phrase, else the one it names. names: of all."""
+
+    def __init__(self, items: list, ledger: Ledger, source: str) -> None:
+        self._listed = read_categories(items, ledger, source)
+        self.names = dict(self._listed.own)
+        self._numbers = {phrase_key(name): i for i, name in self.names.items()}
+
+    def find(self, item: Mapping[str, Any]) -> int | None:
+        """The category of an object or a pair; a phrase of its own becomes a category of its own."""
+        raw = item.get("noun_phrase")
+        phrase = visible(raw).strip() if isinstance(raw, str) else ""
+        key = phrase_key(phrase)
+        if not key:
+            return self._category(item.get("category_id"))
+        if key not in self._numbers:
+            self._numbers[key] = max((*self._listed.names, *self.names, 0)) + 1
+            self.names[self._numbers[key]] = phrase
+        return self._numbers[key]
+
+    def categories(self, raw: list) -> set[int]:
+        """Those of a list of ids that are there."""
+        return {found for r in raw if (found := self._category(r)) is not None}
+
+    def _category(self, raw: Any) -> int | None:
+        found = self._listed.find(raw)
+        return self._listed.find_by_name(raw) if found is None else found
+
+
+def _video_ids(entries: list, file: Path) -> Ids:
+    """The ids of the videos. Raises DataError for one without, or with that of another."""
+    ids, seen = Ids(e.get("id") for e in entries if isinstance(e, dict)), set()
+    for entry in entries:
+        own = ids.find(entry.get("id")) if isinstance(entry, dict) else None
+        if own is None:
+            raise DataError(f"{file}: video {shown(entry)} needs an `id`, a number or a text")
+        if own in seen:
+            raise DataError(
+                f"{file}: video id {shown(entry['id'])} is used twice, so nobody can tell whose objects "
+                f"are whose: give each video an id of its own"
+            )
+        seen.add(own)
+    return ids
+
+
+def _listed(item: Mapping[str, Any], field: str, ledger: Ledger) -> list:
+    value = item.get(field)
+    if value is not None and not isinstance(value, list):
+        ledger.add(f"`{field}` is no list (taken as empty)", found=value)
+    return value if isinstance(value, list) else []
 
 
 def read_sav(root: Path) -> VideoDataset:
     """SA-V: FILM_manual.json, RLE of every 4th frame, beside FILM.mp4 or a folder of frames."""
-    videos, problems = [], Counter[str]()
-    for number, file in enumerate(sorted(root.glob("*_manual.json"), key=by_number)):
+    videos, ledger = [], Ledger()
+    for row, file in enumerate(sorted(root.glob("*_manual.json"), key=by_number)):
         raw, name = load_json(file), file.name.removesuffix("_manual.json")
+        if not isinstance(raw, dict) or not isinstance(raw.get("masklet"), list):
+            raise DataError(f"{file} has no list `masklet`, as SA-V has it: download it again")
         films = [p for p in (root / f"{name}.mp4", root / name) if p.exists()]
         if not films:
             raise DataError(f"{file} has no {name}.mp4 beside it: put films and JSON together")
         frames = Film(films[0]) if films[0].is_file() else _folder(films[0])
-        ids = raw.get("masklet_id") or list(range(raw.get("masklet_num", 0)))
+        listed = _listed(raw, "masklet_id", ledger)
+        ids = Ids(listed)
         labels = [NOT_ANNOTATED] * len(frames)
         for step, masks in enumerate(raw["masklet"]):
             if step * _SAV_STRIDE >= len(frames):
-                problems["annotated frame behind the film's end (left out)"] += 1
+                ledger.add("annotated frame behind the film's end (left out)", file.name, step)
                 continue
             found = []
-            for object_id, value in zip(ids, masks):
-                rle, extent, _ = read_segmentation(value, frames.width, frames.height, Ledger())
-                if isinstance(rle, Mapping) and extent is not None:
-                    found.append(annotation_of_rle(rle, int(object_id), 1))
+            for k, value in enumerate(masks if isinstance(masks, list) else ()):
+                own = ids.find(listed[k]) if k < len(listed) else k
+                odd = Ledger()
+                rle, extent, _ = read_segmentation(value, frames.width, frames.height, odd)
+                for sentence in odd:
+                    if sentence != _EMPTY:
+                        ledger.add(sentence, file.name, own)
+                if isinstance(rle, Mapping) and extent is not None and own is not None:
+                    found.append(annotation_of_rle(rle, own, 1))
             labels[step * _SAV_STRIDE] = FrameLabels(tuple(found))
-        videos.append(Video(number, name, frames, tuple(labels)))
-    return VideoDataset(str(root), tuple(videos), {1: OBJECT}, dict(problems))
+        videos.append(Video(row, name, frames, tuple(labels)))
+    return VideoDataset(str(root), tuple(videos), {1: OBJECT}, dict(ledger))
 
 
 def _labels(
-    items: list[dict],
-    frames: FrameFiles | Film,
-    merged: Mapping[int, int],
-    first: dict[str, int],
-    names: dict[int, str],
-    problems: Counter[str],
+    items: list[dict], frames: FrameFiles | Film, phrases: _Phrases, ledger: Ledger, name: str
 ) -> tuple[FrameLabels, ...]:
     """null is "not in this frame": the frame is annotated, the object's slot stays."""
     found: list[list[Annotation]] = [[] for _ in range(len(frames))]
-    for number, item in enumerate(items):
-        category = _phrase_id(item, merged, first, names)
+    ids = Ids(item.get("object_id") for item in items)
+    named = [ids.find(item.get("object_id")) for item in items]
+    largest = max((n for n in named if n is not None), default=0)
+    for place, item in enumerate(items):
+        where = (name, item.get("id"))
+        category = phrases.find(item)
         if category is None:
-            problems["object left out: its category is not listed"] += 1
+            ledger.add(f"{_LEFT_OUT}: its category is not listed", *where, item.get("category_id"))
             continue
         masks = item.get("segmentations") or [None] * len(frames)
         boxes = item.get("bboxes") or [None] * len(frames)
-        if len(masks) != len(frames) or len(boxes) != len(frames):
-            problems["object left out: not one entry for each frame"] += 1
+        if any(not isinstance(v, list) or len(v) != len(frames) for v in (masks, boxes)):
+            ledger.add(f"{_LEFT_OUT}: not one entry for each frame", *where)
             continue
-        object_id = int(item.get("object_id", number + 1))
+        crowd = flag(item.get("iscrowd"))
+        if crowd is None:
+            ledger.add("iscrowd is neither 0 nor 1 (read as 0)", *where, item["iscrowd"])
+        own = named[place]
+        own = largest + 1 + place if own is None else own
         for k, (mask, box) in enumerate(zip(masks, boxes)):
-            annotation = _one(mask, box, object_id, category, item, frames, problems)
+            annotation = _one(mask, box, own, category, bool(crowd), frames, ledger, where)
             if annotation is not None:
                 found[k].append(annotation)
     return tuple(FrameLabels(tuple(a)) for a in found)
 
 
 def _one(
-    mask: Any, box: Any, object_id: int, category: int, item: dict,
-    frames: FrameFiles | Film, problems: Counter[str],
+    mask: Any, box: Any, object_id: int, category: int, crowd: bool,
+    frames: FrameFiles | Film, ledger: Ledger, where: tuple[str, Any],
 ) -> Annotation | None:  # fmt: skip
-    crowd = bool(item.get("iscrowd", 0))
-    ledger = Ledger()
-    rle, extent, _ = read_segmentation(mask, frames.width, frames.height, ledger)
-    problems.update(dict(ledger))
-    if isinstance(rle, Mapping):
-        return annotation_of_rle(rle, object_id, category, crowd)
-    if extent is not None:  # polygons
-        left, top = max(extent[0], 0.0), max(extent[1], 0.0)
-        right, bottom = min(extent[2], frames.width), min(extent[3], frames.height)
-        if right <= left or bottom <= top:
-            problems["object left out: its mask lies outside the frame"] += 1
-            return None
-        size = (left, top, right - left, bottom - top)
-        return Annotation(object_id, category, size, rle, crowd, size[2] * size[3])
-    if mask or not box or len(box) != 4 or min(box[2:]) <= 0:
+    """An object in one frame; None where it is not there."""
+    found, extent, _ = read_segmentation(mask, frames.width, frames.height, ledger, where)
+    if isinstance(found, Mapping):
+        return annotation_of_rle(found, object_id, category, crowd)
+    if extent is None and not box:
         return None
-    problems["object with a box and no mask in a frame (its box still trains)"] += 1
-    left, top, width, height = (float(v) for v in box)
-    size = (left, top, width, height)
-    return Annotation(object_id, category, size, None, crowd, size[2] * size[3])
+    stated = parse_box(box) if extent is None else _box_of(extent)
+    placed, _ = place_box(stated, extent, frames.width, frames.height, ledger, (*where, box))
+    if placed is None:
+        return None
+    if found is None:
+        ledger.add("object with a box and no mask in a frame (its box still trains)", *where)
+    return Annotation(object_id, category, placed, found, crowd, placed[2] * placed[3])
 
 
-def _phrase_id(
-    item: dict, merged: Mapping[Any, int], first: dict[str, int], names: dict[int, str]
-) -> int | None:
-    """The category that an object answers; a phrase of its own becomes a category of its own."""
-    phrase = str(item.get("noun_phrase") or "").strip()
-    if not phrase:
-        return merged.get(item.get("category_id"))
-    if phrase not in first:
-        first[phrase] = max((*names, 0)) + 1
-        names[first[phrase]] = phrase
-    return first[phrase]
+def _box_of(extent: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    return extent[0], extent[1], extent[2] - extent[0], extent[3] - extent[1]
 
 
-def _frames(entry: dict, file: Path, split: str | None) -> FrameFiles | Film:
+def _frames(entry: dict, file: Path, split: str | None, allow_outside: bool) -> FrameFiles | Film:
     listed = entry.get("file_names")
-    if not listed:
-        raise DataError(f"{file}: video {entry.get('id')!r} lists no frame (`file_names`)")
+    if not isinstance(listed, list) or not listed or not all(isinstance(n, str) for n in listed):
+        raise DataError(f"{file}: video {shown(entry['id'])} lists no frame (`file_names`)")
+    for name in () if allow_outside else listed:
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+            raise DataError(
+                f"{file}: frame {shown(name)} lies outside the data folder: move it there, or allow it with "
+                f"data.allow_outside=true (frames are shown in reports)"
+            )
     tops = [
         file.parent,
         *(file.parent.parent / s for s in (split, file.stem) if s),
@@ -192,8 +261,9 @@ def _frames(entry: dict, file: Path, split: str | None) -> FrameFiles | Film:
                     f"{len(missing)} of {len(files)} frames of video {_name(entry)} are missing, the "
                     f"first is {missing[0]}: put them there, or take the video out of the JSON"
                 )
-            frames = FrameFiles(files, float(entry.get("fps") or entry.get("frame_rate") or 10.0))
-            size = (entry.get("width"), entry.get("height"))
+            rates = (number(entry.get(key)) for key in ("fps", "frame_rate"))
+            frames = FrameFiles(files, next((r for r in rates if r is not None and r > 0), _RATE))
+            size = (whole(entry.get("width")), whole(entry.get("height")))
             if all(size) and size != (frames.width, frames.height):
                 raise DataError(
                     f"video {_name(entry)} has frames of {frames.width} x {frames.height} pixels, its "

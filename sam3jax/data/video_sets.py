@@ -133,7 +133,7 @@ def _read(config: Config, path: str, split: str) -> VideoDataset:
     data = config.data
     if path == _SHAPES:
         return moving_shapes_dataset(split, data, config.clips.generated_frames)
-    dataset = read_as(read_videos(path, split), reading_of(data))
+    dataset = read_as(read_videos(path, split, allow_outside=data.allow_outside), reading_of(data))
     if data.limit is not None:
         dataset = replace(dataset, videos=dataset.videos[: data.limit])
     named = set(data.phrases) & set(dataset.categories.values())

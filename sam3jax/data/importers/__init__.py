@@ -17,6 +17,7 @@ import numpy as np
 
 from sam3jax.data.importers import cvat, huggingface, labelme, masks, voc, yolo
 from sam3jax.data.importers.picture import Instance, Picture
+from sam3jax.data.judgements import nearly_all
 from sam3jax.data.ledger import DataError, Ledger
 from sam3jax.data.segmentations import segmentation_area
 
@@ -31,6 +32,7 @@ READERS: dict[str, Reader] = {
     "huggingface": huggingface.read,
 }
 FORMATS = tuple(READERS)
+_ANNOTATION_LEFT_OUT = ("line left out", "object left out", "shape left out")
 
 
 def import_dataset(kind: str, root: Path, out: Path) -> Iterator[str]:
@@ -44,9 +46,17 @@ def import_dataset(kind: str, root: Path, out: Path) -> Iterator[str]:
     splits: dict[str, list[Picture]] = {}
     for picture in READERS[kind](root, ledger):
         splits.setdefault(picture.split, []).append(picture)
-    if not any(picture.instances for pictures in splits.values() for picture in pictures):
+    found = sum(len(p.instances) for pictures in splits.values() for p in pictures)
+    reasons = {s: n for s, n in ledger.items() if s.startswith(_ANNOTATION_LEFT_OUT)}
+    why = f": {_most(reasons, ledger)}" if reasons else ""
+    if not found:
         raise DataError(
-            f"{root}: no annotation found as {kind}; is it another format ({', '.join(FORMATS)})?"
+            f"{root}: no annotation found as {kind}{why}; is it another format ({', '.join(FORMATS)})?"
+        )
+    left = sum(reasons.values())
+    if nearly_all(left, found + left):
+        raise DataError(
+            f"{root}: {left:,} of {found + left:,} annotations cannot be read as {kind}{why}; export them again"
         )
     names = sorted({i.label for found in splits.values() for p in found for i in p.instances})
     for split, pictures in splits.items():
@@ -61,6 +71,13 @@ def import_dataset(kind: str, root: Path, out: Path) -> Iterator[str]:
     for sentence, count in ledger.items():
         examples = ledger.examples(sentence)
         yield f"{count:>7} x {sentence}{f' ({examples})' if examples else ''}"
+
+
+def _most(reasons: dict[str, int], ledger: Ledger) -> str:
+    """The sentence that is true most often, with entries."""
+    sentence = max(reasons, key=lambda s: reasons[s])
+    examples = ledger.examples(sentence, 2)
+    return f"{sentence} (for example {examples})" if examples else sentence
 
 
 def _coco(pictures: list[Picture], names: list[str], folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from sam3jax.data.boxes import convention, parse_box
-from sam3jax.data.importers.picture import SPLITS, Instance, Picture, split_of
+from sam3jax.data.importers.picture import SPLITS, Instance, Picture, is_inside, split_of
 from sam3jax.data.ledger import DataError, Ledger, shown
 from sam3jax.data.numbers import flag
 from sam3jax.data.pictures import displayed_size, size_of_bytes
@@ -85,7 +85,7 @@ def _listed(files: Sequence[Path], root: Path, ledger: Ledger) -> Iterator[Row]:
                 ledger.add("line left out: no file_name", file.name, number, columns)
                 continue
             path = file.parent / name
-            if not _inside(path, root):
+            if not is_inside(path, root):
                 ledger.add("picture left out: outside the folder", name, number)
             elif not path.is_file():
                 ledger.add("picture left out: its file is missing", name, number)
@@ -136,7 +136,7 @@ def _picture(
     if data is None:
         if path is None:
             raise DataError(f"{root}, {where}: no picture")
-        if not _inside(Path(path), root):
+        if not is_inside(Path(path), root):
             raise DataError(
                 f"{root}, {where}: the picture {path} lies outside the folder: store the pictures "
                 f"inside, as save_to_disk does"
@@ -146,10 +146,6 @@ def _picture(
         return Path(Path(path.replace("\\", "/")).name), lambda: data
     with Image.open(io.BytesIO(data)) as image:
         return Path(f"{name}.{(image.format or 'png').lower()}"), lambda: data
-
-
-def _inside(path: Path, root: Path) -> bool:
-    return path.resolve().is_relative_to(root.resolve())
 
 
 def _size(row: Row) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from sam3jax.data.importers.picture import SUFFIXES, Instance, Picture, split_of
+from sam3jax.data.importers.picture import SUFFIXES, Instance, Picture, is_inside, split_of
 from sam3jax.data.json_file import load_json
 from sam3jax.data.ledger import Ledger
 from sam3jax.data.numbers import number
@@ -32,7 +32,7 @@ def read(root: Path, ledger: Ledger) -> Iterator[Picture]:
         if not isinstance(raw, dict) or not isinstance(raw.get("shapes"), list):
             ledger.add("JSON file left out: no labelme `shapes`", file.name)
             continue
-        path = _picture(file, raw)
+        path = _picture(file, raw, root)
         if path is None:
             ledger.add("annotation file left out: its picture is missing", file.name)
             continue
@@ -46,6 +46,7 @@ def read(root: Path, ledger: Ledger) -> Iterator[Picture]:
                 ledger.add("shape left out: neither area nor box", file.name, k, kind)
                 continue
             group = shape.get("group_id")
+            group = None if group is None else str(group)
             known = groups.get((instance.label, group)) if group is not None else None
             if known is not None and known.polygons and instance.polygons:
                 known.polygons = [*known.polygons, *instance.polygons]
@@ -56,15 +57,18 @@ def read(root: Path, ledger: Ledger) -> Iterator[Picture]:
         yield picture
 
 
-def _picture(file: Path, raw: dict[str, Any]) -> Path | None:
+def _picture(file: Path, raw: dict[str, Any], root: Path) -> Path | None:
+    """The picture of an annotation file, inside the folder."""
     name = str(raw.get("imagePath") or "").replace("\\", "/")
     places = [file.parent / name, file.parent / Path(name).name] if name else []
     places += [file.with_suffix(s) for s in SUFFIXES]
-    return next((p for p in places if p.suffix.lower() in SUFFIXES and p.is_file()), None)
+    good = (p for p in places if p.suffix.lower() in SUFFIXES and is_inside(p, root))
+    return next((p for p in good if p.is_file()), None)
 
 
 def _instance(shape: Any, width: int, height: int) -> Instance | None:
-    if not isinstance(shape, dict) or not str(shape.get("label") or "").strip():
+    name = shape.get("label") if isinstance(shape, dict) else None
+    if not isinstance(name, str | int) or isinstance(name, bool) or not str(name).strip():
         return None
     label, kind = str(shape["label"]).strip(), shape.get("shape_type") or "polygon"
     points = _points(shape.get("points"))
@@ -76,6 +80,8 @@ def _instance(shape: Any, width: int, height: int) -> Instance | None:
     if kind == "circle" and len(points) == 2:
         (x, y), edge = points
         radius = math.dist((x, y), edge)
+        if not math.isfinite(radius):
+            return None
         angles = np.linspace(0, 2 * np.pi, _CORNERS, endpoint=False)
         ring = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], 1)
         return Instance(label, polygons=[ring.ravel().tolist()])

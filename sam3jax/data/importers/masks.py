@@ -69,12 +69,16 @@ def _names(root: Path) -> dict[int, str]:
 
 def _values(file: Path) -> np.ndarray:
     """The values of a mask [Y, X] int; colours become one number each, black is 0."""
-    with Image.open(file) as image:
-        if image.mode in ("RGB", "RGBA"):
-            red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int64), -1, 0)
-            grey = (red == green).all() and (green == blue).all()
-            return red if grey else (red << 16) + (green << 8) + blue
-        return np.asarray(image).astype(np.int64)
+    try:
+        with Image.open(file) as image:
+            values = np.asarray(image.convert("RGB") if image.getbands()[1:] else image, np.int64)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"mask {file} cannot be read ({error}): export it again") from error
+    if values.ndim < 3:
+        return values
+    red, green, blue = np.moveaxis(values[..., :3], -1, 0)
+    grey = (red == green).all() and (green == blue).all()
+    return red if grey else (red << 16) + (green << 8) + blue
 
 
 def _instances(label: str, where: np.ndarray, ledger: Ledger, name: str) -> list[Instance]:

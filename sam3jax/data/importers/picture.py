@@ -63,6 +63,14 @@ def picture_files(folder: Path) -> list[Path]:
     )
 
 
+def is_inside(path: Path, root: Path) -> bool:
+    """Whether a path lies below a folder, links followed."""
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError):  # a link to itself, a NUL in the name
+        return False
+
+
 def split_of(path: Path, root: Path) -> str:
     """The split that a folder or file name between `root` and the file names; train where none does."""
     for part in reversed(path.relative_to(root).parts):

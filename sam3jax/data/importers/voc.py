@@ -81,7 +81,8 @@ def _instance(item: Element, first: int) -> Instance | None:
     corners = [number(item.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
     if not name or None in corners:
         return None
-    left, top, right, bottom = (float(v or 0) for v in corners)
+    values = [float(v or 0) for v in corners]
+    (left, right), (top, bottom) = sorted(values[0::2]), sorted(values[1::2])
     polygon = item.find("polygon")
     points: list[float] = []
     if polygon is not None:

@@ -14,6 +14,7 @@ import yaml
 
 from sam3jax.data.importers.picture import SPLITS, Instance, Picture, picture_files, split_of
 from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.numbers import number
 from sam3jax.data.pictures import displayed_size
 
 
@@ -29,11 +30,11 @@ def read(root: Path, ledger: Ledger) -> Iterator[Picture]:
         if labels is None:
             ledger.add("picture without a label file (kept, empty)", file.name)
         else:
-            for number, line in enumerate(labels.read_text("utf-8", "replace").splitlines(), 1):
+            for place, line in enumerate(labels.read_text("utf-8", "replace").splitlines(), 1):
                 if line.strip():
                     instance = _instance(line, names, width, height, keypoints)
                     if instance is None:
-                        ledger.add("line left out: not a class and its shares", labels.name, number, line)  # fmt: skip
+                        ledger.add("line left out: not a class and its shares", labels.name, place, line)  # fmt: skip
                     else:
                         picture.instances.append(instance)
         yield picture
@@ -55,12 +56,23 @@ def _names(root: Path, described: dict[str, Any]) -> dict[int, str]:
     if isinstance(names, list):
         return {k: str(name) for k, name in enumerate(names)}
     if isinstance(names, dict):
-        return {int(k): str(name) for k, name in names.items()}
+        numbers = {_class(k): str(name) for k, name in names.items()}
+        if None in numbers:
+            raise DataError(
+                f"{root}: `names` of data.yaml has keys that are no numbers: expected 0: name, 1: name, ..."
+            )
+        return {k: name for k, name in numbers.items() if k is not None}
     for file in (root / "classes.txt", root / "labels" / "classes.txt", root / "obj.names"):
         if file.is_file():
             lines = file.read_text("utf-8", "replace").splitlines()
             return {k: line.strip() for k, line in enumerate(lines) if line.strip()}
     raise DataError(f"{root} names no classes: expected `names` in data.yaml, or classes.txt")
+
+
+def _class(value: Any) -> int | None:
+    """The number of a class, from a number or its digits."""
+    found = number(value)
+    return int(found) if found is not None and found >= 0 and found.is_integer() else None
 
 
 def _pictures(root: Path, described: dict[str, Any]) -> Iterator[tuple[Path, str]]:
@@ -70,7 +82,9 @@ def _pictures(root: Path, described: dict[str, Any]) -> Iterator[tuple[Path, str
     found: dict[Path, str] = {}
     for key in SPLITS:
         entries = described.get(key) or ()
-        for entry in [entries] if isinstance(entries, str) else entries:
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not isinstance(entry, str):
+                continue
             for place in (base / entry, root / entry, root / str(entry).replace("../", "")):
                 if place.is_dir():
                     found |= {f: SPLITS[key] for f in picture_files(place) if f not in found}
@@ -101,14 +115,18 @@ def _instance(
 ) -> Instance | None:
     try:
         values = [float(v) for v in line.split()]
-        label = names[int(values[0])]
-    except (ValueError, KeyError, IndexError, OverflowError):
+        label = names.get(-1 if (own := _class(values[0])) is None else own)
+    except (ValueError, IndexError):
+        return None
+    if label is None:
         return None
     shares = values[1:5] if keypoints else values[1:]
     if not all(-1 <= v <= 2 for v in shares):
         return None
     if len(shares) in (4, 5):  # 5: with a score
         x, y, w, h = shares[:4]
+        if w <= 0 or h <= 0:
+            return None
         return Instance(label, ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height))
     if len(shares) >= 6 and len(shares) % 2 == 0:
         return Instance(label, polygons=[[v * (height if k % 2 else width) for k, v in enumerate(shares)]])  # fmt: skip
