@@ -115,7 +115,10 @@ def test_the_best_checkpoint_is_asked_of_the_checkpoints(tmp_path):
     saved = Checkpoints(tmp_path, keep=2)
     for step, score in enumerate((0.2, 0.5, 0.5, None, 0.1, 0.3), start=1):
         saved.save(
-            step, {"x": np.full(3, step)}, {"step": np.array(step)}, {"base": "noise", "data": {}}
+            step,
+            {"x": np.full(3, step, np.float32)},
+            {"step": np.int32(step)},
+            {"base": "noise", "data": {}},
         )
         if score is not None:
             saved.attach(step, {"metrics": {"AP": score}, "thresholds": {}, "score": score})
@@ -124,7 +127,7 @@ def test_the_best_checkpoint_is_asked_of_the_checkpoints(tmp_path):
     assert (found.best(), found.latest()) == (3, 6)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "5", "6"]  # fmt: skip
     assert found.validation(3)["metrics"] == {"AP": 0.5}
-    np.testing.assert_array_equal(found.weights(3, {"x": np.zeros(3, int)})["x"], 3)
+    np.testing.assert_array_equal(found.weights(3, {"x": np.zeros(3, np.float32)})["x"], 3)
     found.close()
 
 

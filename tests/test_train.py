@@ -54,7 +54,9 @@ def test_a_run_folder_holds_what_it_should(undisturbed):
     }
     config = load_config(undisturbed / "config.yaml")
     assert load_config(undisturbed / "config.yaml") == config
-    assert dump_config(config) == (undisturbed / "config.yaml").read_text()
+    head, text = (undisturbed / "config.yaml").read_text().split("\n", 1)
+    assert head.startswith("# crc32 of the lines below: ")
+    assert dump_config(config) == text
 
 
 def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monkeypatch):

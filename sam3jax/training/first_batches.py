@@ -19,7 +19,7 @@ def draw_first(
 
     again: False leaves a picture that is there as it is, as a run that continues wants it.
     """
-    if not run.is_dir():  # removed meanwhile: the next save says so, nothing makes it anew
+    if not run.exists():  # removed meanwhile: the next save says so, nothing makes it anew
         return
     folder, name = run / BATCHES, f"batch_{number}"
     if not again and (folder / f"{name}.png").exists():
