@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sam3jax import doctor
+from sam3jax.data import pictures
 from sam3jax.data.boxes import parse_box
 from sam3jax.data.coco import DataError, decode_mask, parse_coco
 from sam3jax.data.folders import is_picture, read_dataset
@@ -264,3 +265,17 @@ def test_nothing_of_the_file_is_changed_where_it_is_not_consumed():
     dataset = parse_coco(raw, "d", "d", lambda name: Path(name))
     assert dataset.images[0].annotations[0].bbox == BOX
     assert json.dumps(raw) == before
+
+
+@pytest.mark.parametrize("slow", [0.0, 1e9])
+def test_threads_say_what_one_says(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr(pictures, "_CHUNK", 2)
+    monkeypatch.setattr(pictures, "_SLOW", slow)
+    for k in range(7):
+        picture(tmp_path / f"{k}.png", 10 + k, 9)
+    listed = [(tmp_path / f"{k}.png", 10 + k, 9, 0) for k in range(7)]
+    assert [h.size for h in pictures.check_pictures(listed)] == [(10 + k, 9) for k in range(7)]
+    assert pictures.check_pictures([]) == []
+    wrong = [(file, width + (k in (1, 5)), height, 0) for k, (file, width, height, _) in enumerate(listed)]  # fmt: skip
+    with pytest.raises(DataError, match=r"1\.png is 11 x 9 .* \(and 1 more pictures"):
+        pictures.check_pictures(wrong)
