@@ -128,6 +128,20 @@ def test_a_batch_holds_what_the_frames_show(dataset):
                     np.testing.assert_allclose(batch.targets.boxes[i, slot, 1], middle, atol=1e-6)
 
 
+def test_void_pixels_lie_in_a_batch_where_they_lie_in_the_frame(dataset, tmp_path):
+    palette = read_videos(made.write_palette(tmp_path), "train")
+    palette = dataclasses.replace(palette, categories=dict.fromkeys(palette.categories, "cat"))
+    batch = next(loader_of(palette))
+    size = batch.images.shape[1]
+    void = unpack_mask(batch.targets.void, size)
+    for i, frame in enumerate(batch.frame):
+        picture = Image.fromarray((made.index_masks()[frame] == 255).astype(np.uint8) * 255)
+        large = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(void[i], large >= 128)
+        assert void[i].any()
+    assert next(loader_of(dataset)).targets.void is None  # nothing to carry where there is none
+
+
 def test_a_phrase_is_asked_where_any_frame_shows_it(dataset):
     (video,) = dataset.videos
     square = evaluation_clips(video, 3, 84)[0]  # frames 0, 1, 2: the dog is in the last one only

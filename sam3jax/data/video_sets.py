@@ -97,11 +97,15 @@ def pictures_of(dataset: VideoDataset) -> Dataset:
 
     Void pixels are a crowd of every phrase: what is found there is neither right nor wrong.
     """
-    categories = tuple(phrases_of_videos(dataset))
     ledger = Ledger()
-    records = tuple(_frames(dataset, categories))
+    records = frame_records(dataset)
     stated = sum(a.segmentation is not None for r in records for a in r.annotations)
     return Dataset(dataset.name, records, dataset.categories, ledger, stated_masks=stated)
+
+
+def frame_records(dataset: VideoDataset) -> tuple[FrameRecord, ...]:
+    """Every annotated frame of every video."""
+    return tuple(_frames(dataset, tuple(phrases_of_videos(dataset))))
 
 
 def _frames(dataset: VideoDataset, categories: tuple[int, ...]) -> Iterator[FrameRecord]:
