@@ -22,13 +22,19 @@ def looks_like_videos(path: str | Path) -> bool:
         return _names_videos(root)
     if not root.is_dir():
         return False
-    masks = root / "Annotations"  # Pascal VOC has a folder of this name too, without folders in it
-    if (root / "JPEGImages").is_dir() and masks.is_dir() and any(p.is_dir() for p in masks.iterdir()):  # fmt: skip
-        return True
-    if video_masks.mot_folders(root) or any(root.glob("*_manual.json")):
-        return True
     folders = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
-    return any(_names_videos(file) for folder in folders for file in sorted(folder.glob("*.json")))
+    return any(_holds_videos(folder) for folder in folders)
+
+
+def _holds_videos(folder: Path) -> bool:
+    masks = (
+        folder / "Annotations"
+    )  # Pascal VOC has a folder of this name too, without folders in it
+    if (folder / "JPEGImages").is_dir() and masks.is_dir() and any(p.is_dir() for p in masks.iterdir()):  # fmt: skip
+        return True
+    if video_masks.mot_folders(folder) or any(folder.glob("*_manual.json")):
+        return True
+    return any(_names_videos(file) for file in sorted(folder.glob("*.json")))
 
 
 def _names_videos(file: Path) -> bool:
