@@ -69,6 +69,20 @@ def test_a_short_video_is_used_at_a_smaller_stride(dataset):
     assert "2 videos are too short for stride 5" in said
 
 
+def test_a_drifting_crop_stays_inside_the_picture(dataset):
+    (video,) = dataset.videos
+    one = dataclasses.replace(video, labels=video.labels[:1])
+    sampling = Sampling(frames=4, motion=0.9)
+    for seed in range(500):
+        clip = draw_clip(one, 84, config().data, sampling, np.random.default_rng(seed))
+        for moved in clip.transforms:
+            left, top, width, height = moved.crop
+            assert left >= 0
+            assert top >= 0
+            assert left + width <= video.width + 1e-9
+            assert top + height <= video.height + 1e-9
+
+
 def test_the_stride_has_a_lower_bound_too(dataset):
     (video,) = dataset.videos
     steps = lambda **stride: {

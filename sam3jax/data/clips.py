@@ -201,6 +201,7 @@ def _drifting(
     )
     out = []
     for k in range(frames):
-        x, y = start + drift * extent * k / (frames - 1)
+        # Clipped again: rounding may leave the picture by a hair, which Pillow refuses.
+        x, y = np.clip(start + drift * extent * k / (frames - 1), 0, extent - size)
         out.append(replace(transform, crop=(float(x), float(y), float(size[0]), float(size[1]))))
     return out
