@@ -81,6 +81,11 @@ def _predict(parser: Parser) -> None:
     parser.add_argument(
         "--threshold", type=_score, metavar="SCORE", help="score; default: the run's, per phrase"
     )
+    parser.add_argument(
+        "--tile",
+        action="store_true",
+        help="large pictures in overlapping parts of the model's size, instead of squashed to it",
+    )
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
     clicks = parser.add_argument_group("clicks")

@@ -15,6 +15,7 @@ from pycocotools import mask as rle_codec
 
 from sam3jax.data.ledger import DataError
 from sam3jax.data.pictures import open_rgb
+from sam3jax.errors import plain
 from sam3jax.files import write_text
 from sam3jax.viewing.click_predictor import ClickPredictor
 from sam3jax.viewing.everything import GridOptions, everything
@@ -46,7 +47,7 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
             picture = open_rgb(file, reading=predictor.reading)
         except DataError as error:
             failed += 1
-            print(f"{file}: {error}", file=sys.stderr)
+            print(f"{plain(file)}: {plain(error)}", file=sys.stderr)
             continue
         found = _ask(predictor, picture, options)
         width, height = picture.size
@@ -61,7 +62,7 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
             predictor.picture = picture  # a crop may have been the last one
             drawn = predictor.draw(masks, [c[:2] for c in clicks], [c[2] for c in clicks])
             drawn.save(output / overlay_name(number, file))
-        print(f"[{number}/{len(files)}] {file}: {len(found)} masks")
+        print(f"[{number}/{len(files)}] {plain(file)}: {len(found)} masks")
     write_text(output / "predictions.json", json.dumps(record))
     return failed
 

@@ -24,6 +24,7 @@ from sam3jax.errors import exit_status
 from sam3jax.options import parse
 from sam3jax.tasks import TASKS
 from sam3jax.training.first_batches import draw_first
+from sam3jax.training.first_nan import first_nan
 from sam3jax.training.log import RunLog, StepLog
 from sam3jax.training.mesh import (
     backend_of,
@@ -109,7 +110,9 @@ def train(config: Config) -> dict[str, Any]:
         del untrained
 
         step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
-        steps = StepLog(log, config, SkippedSteps(config.max_skipped, int(state.skipped)))
+        where = lambda: first_nan(task, mesh, state.trainable, frozen, prepared, batch)
+        skipped = SkippedSteps(config.max_skipped, int(state.skipped), where)
+        steps = StepLog(log, config, skipped)
         interruptions = ending.enter_context(Interruptions(config.save_minutes))
         for number in range(first + 1, config.steps + 1):
             batch = next(loader)

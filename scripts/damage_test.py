@@ -248,6 +248,8 @@ def judged(found: Answer, whole: Answer, file: str) -> str:
     names = {Path(file).name, file, "/".join(Path(file).parts[:2])}
     told = [line for line in found.said.splitlines() if line not in whole.said]
     page = str(found.value) if isinstance(found.value, str) else ""
+    if "not as sam3jax wrote it" in page:
+        return "said"
     words = ("note: ", "not as ")
     said = any(w in line for line in (*told, page) for w in words) and any(n in line for line in (*told, page) for n in names)  # fmt: skip
     return "said" if said else "silent"

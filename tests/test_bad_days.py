@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,9 +25,11 @@ from sam3jax.data.sampling import fingerprint
 from sam3jax.training import signals
 from sam3jax.training.board import Board
 from sam3jax.training.skipped import NotFiniteError, SkippedSteps
+from sam3jax.weights import lock
 from sam3jax.weights.base import refuse_not_finite
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.lock import LOCK, held
+from sam3jax.weights.run_folder import read_run
 from tests.coco_folders import write_small_shapes
 from tests.trainings import Killed, before_step, kill, logged, words
 
@@ -199,6 +204,7 @@ def test_a_run_that_learns_nothing_ends_with_the_step_and_its_terms(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: step 2: 2 steps in a row were skipped, their loss is nan")
     assert "loss_bbox nan" in line
+    assert "; the first NaN or infinity is in the batch: targets.boxes; lower" in line
 
 
 def test_a_nan_in_the_base_is_named():
@@ -304,3 +310,68 @@ def test_the_board_is_read_back_by_tensorboard(tmp_path):
     found = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in found.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 9.0)]  # fmt: skip
     assert found.Images("panel")[0].width == 7
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_the_file_alone_says_who_trains(number, tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    def written(host, process, age=0.0):
+        (tmp_path / LOCK).write_text(
+            json.dumps({"host": host, "process": process, "since": "2026"})
+        )
+        os.utime(tmp_path / LOCK, (time.time() - age,) * 2)
+
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    here = socket.gethostname()
+    for free in (
+        lambda: None,
+        lambda: written(here, int(dead.stdout)),
+        lambda: written("other", 1, 4000),
+    ):
+        free()
+        with held(tmp_path):
+            assert "file system without locks" in capsys.readouterr().err
+    for taken in (lambda: written(here, os.getppid()), lambda: written("other", 1, 1000)):
+        taken()
+        with pytest.raises(ConfigError, match="is in use: process"), held(tmp_path):
+            pass
+
+
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on_after_making_room(
+    data, undisturbed, tmp_path, monkeypatch, capsys
+):
+    """A limit on the size of files stands for the disk: writing past it fails as on a full one."""
+    run, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with monkeypatch.context() as patch:
+            before_step(patch, STEPS, lambda: limit(60_000))
+            assert train.main(arguments(data, run, save_every=2)) == 2
+    finally:
+        limit(soft)
+    said = capsys.readouterr().err
+    assert [line for line in said.splitlines() if line.startswith("error: the disk is full")]
+    assert "Traceback" not in said
+    assert saved(run) == [2]
+    assert read_run(run).step == 2
+    assert train.main(arguments(data, run, save_every=2)) == 0
+    assert_equal_runs(run, undisturbed)
+
+
+def test_a_board_on_a_full_disk_is_given_up_and_the_run_goes_on(tmp_path):
+    said, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    board = Board(tmp_path, 0, said.append)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        for step in range(100):
+            board.scalar("loss", 1.0, step)
+            board.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    board.close()
+    assert len(said) == 1
