@@ -71,8 +71,8 @@ def open_frames(config: Config) -> tuple[Dataset, Dataset | None]:
     return pictures_of(train), None if valid is None else pictures_of(valid)
 
 
-def frames_named(config: Config, path: str | None, split: str | None) -> Dataset:
-    """The annotated frames of the videos that `path` and `split` name; by default the validation's.
+def videos_named(config: Config, path: str | None, split: str | None) -> VideoDataset:
+    """The videos that `path` and `split` name; by default the validation's.
 
     Raises DataError.
     """
@@ -81,9 +81,9 @@ def frames_named(config: Config, path: str | None, split: str | None) -> Dataset
         _, valid, _ = open_videos(config)
         if valid is None:
             raise DataError("the run has no validation data: give --data, or --split train")
-        return pictures_of(valid)
+        return valid
     own = data.train_split if path is None else data.valid_split
-    return pictures_of(_read(config, path or data.train or "", split or own))
+    return _read(config, path or data.train or "", split or own)
 
 
 def sampling_of(config: Config) -> Sampling:
