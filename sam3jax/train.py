@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,6 @@ from sam3jax.training.first_nan import first_nan
 from sam3jax.training.log import RunLog, StepLog
 from sam3jax.training.mesh import (
     backend_of,
-    join,
     local_mesh,
     make_mesh,
     micro_batches,
@@ -36,6 +35,7 @@ from sam3jax.training.mesh import (
     put_replicated,
 )
 from sam3jax.training.optim import build_optimizer, schedule_warning
+from sam3jax.training.peers import joined
 from sam3jax.training.rates import count, multipliers
 from sam3jax.training.signals import Interruptions, stopped
 from sam3jax.training.skipped import SkippedSteps
@@ -168,6 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     others = options.coordinator, options.num_processes, options.process_id
-    if options.distributed or others != (None, None, None):
-        join(*others)
-    train(load_config(options.config, options.overrides))
+    many = options.distributed or others != (None, None, None)
+    with joined(*others, options.wait) if many else nullcontext():
+        train(load_config(options.config, options.overrides))

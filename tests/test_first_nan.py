@@ -54,7 +54,7 @@ def asked(change, *, root=False, value=1.0):
     params = jax.tree.map(jnp.array, task.model.init(jax.random.key(0), batch)["params"])
     change(params)
     params = put_replicated({"params": params}, mesh)
-    return first_nan(task, mesh, params, {}, None, put_batch(batch, P(AXIS), mesh, 3))
+    return first_nan(task, mesh, params, {"params": {}}, None, put_batch(batch, P(AXIS), mesh, 3))
 
 
 def zero_scale(params):
