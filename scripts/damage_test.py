@@ -3,8 +3,8 @@
 Opened for predict, evaluate, export, report and to be trained on. Each must answer as for the whole folder, or
 say what is wrong; a traceback, or other numbers in silence, is a failure. Ends with a count.
 
-Nothing is computed whose inputs are those of the whole folder: predict and evaluate run only where the run that is
-read differs in anything, and training on is answered by what its first step would be given.
+Nothing is computed whose inputs are those of the whole folder: predict, evaluate and export run only where the run
+that is read differs in anything, and training on is answered by what its first step would be given.
 """
 
 from __future__ import annotations
@@ -53,9 +53,16 @@ class Damage(NamedTuple):
     act: Callable[[Path], None]
 
 
-def damages(run: Path, other: Path | None = None) -> Iterator[Damage]:
-    """Every kind for every file of a run. other: a run of equal settings and another seed."""
+def damages(run: Path, other: Path | None = None, every: bool = True) -> Iterator[Damage]:
+    """Every kind for every file of a run. other: a run of equal settings and another seed.
+
+    every: False for one file, the largest, of those whose names alone differ: arrays and pictures of a folder.
+    """
     for path in sorted(f for f in run.rglob("*") if f.is_file()):
+        alike = [f for f in path.parent.iterdir() if f.suffix == path.suffix]
+        nameless = path.parent.name == "d" or path.suffix == ".png"
+        if not every and nameless and path != max(alike, key=lambda f: (f.stat().st_size, f)):
+            continue
         file = path.relative_to(run)
         for name, change in CHANGES.items():
             yield Damage(
@@ -286,6 +293,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="new folder for the runs")
     parser.add_argument("--only", default="", help="kinds whose name holds this")
+    parser.add_argument("--every", action="store_true", help="every file of arrays and pictures")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     picture = options.folder / "picture.png"
@@ -303,7 +311,7 @@ def main() -> int:
     def ask(act: Callable[[Path], None]) -> dict[str, Answer]:
         answers: dict[str, Answer] = {}
         for name in ("read", "predict", "evaluate", "export", "report", "finished", "resume"):
-            if name in ("predict", "evaluate") and expected and answers["read"].value == expected["read"].value:  # fmt: skip
+            if name in ("predict", "evaluate", "export") and expected and answers["read"].value == expected["read"].value:  # fmt: skip
                 answers[name] = Answer(0, expected[name].value, answers["read"].said)
                 continue
             if name in ("read", "finished", "resume"):  # the one before wrote into the run
@@ -324,7 +332,9 @@ def main() -> int:
             return 1
     counts: Counter[str] = Counter()
     kinds = bad = 0
-    for damage in damages(whole, other):
+    every = damages(whole, other, options.every)
+    # The newest checkpoint, then the files beside the checkpoints, then older checkpoints.
+    for damage in sorted(every, key=lambda d: (f"checkpoints/{STEPS}" not in d.file, d.file)):
         if options.only not in damage.name:
             continue
         found = ask(damage.act)
