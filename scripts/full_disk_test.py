@@ -21,7 +21,9 @@ def main() -> int:
     """Returns 1 where a full disk gave more than a sentence, or lost something."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="new folder for the runs")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of the disks, kilobytes")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=SIZES, help="of the disks, kilobytes"
+    )
     options = parser.parse_args()
     alone, wrong, full = options.folder / "alone", 0, 0
     if not saved(alone) and start(alone).wait():
