@@ -86,10 +86,11 @@ def damages(run: Path, other: Path | None = None, every: bool = True) -> Iterato
         for item in ("weights", "state", "about"):
             inner = f"{place}/{item}"
             yield Damage(f"deleted {inner}", inner, lambda r, p=inner: shutil.rmtree(r / p))
-            for whose in filter(None, (other, run)):
-                step_of = step if whose is other else next(s for s in saved(run) if s != step)
-                source = whose / "checkpoints" / str(step_of) / item
-                yield _exchange("another run's" if whose is other else "another step's", Path(inner), source)  # fmt: skip
+            if other is not None:
+                yield _exchange("another run's", Path(inner), other / inner)
+            if before := [s for s in saved(run) if s != step]:
+                source = run / "checkpoints" / str(before[0]) / item
+                yield _exchange("another step's", Path(inner), source)
 
 
 CHANGES: dict[str, Callable[[bytes], bytes]] = {
