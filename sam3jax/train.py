@@ -46,7 +46,7 @@ from sam3jax.training.timing import peak_memory
 from sam3jax.training.validation import Validation
 from sam3jax.weights.base import open_base
 from sam3jax.weights.checkpoints import Checkpoints
-from sam3jax.weights.run_folder import open_run_folder
+from sam3jax.weights.run_folder import open_run_folder, remark_missing
 from sam3jax.weights.trainable import compact, start
 
 
@@ -77,6 +77,8 @@ def train(config: Config) -> dict[str, Any]:
         state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
         untrained = state.trainable
         if (found := checkpoints.latest()) is not None:
+            if chief:
+                remark_missing(run, checkpoints.steps())
             about = checkpoints.about(found, folder.id)
             state = restore(checkpoints, found, state)
             loader.set_state(about["data"], force=config.resume == "force")

@@ -25,7 +25,7 @@ from sam3jax.weights.base import refuse_not_finite
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.lock import LOCK, held
 from sam3jax.weights.run_folder import read_run
-from scripts.damage_test import CHANGES, damages, judged, opened
+from scripts.damage_test import damages, judged, opened
 from tests.coco_folders import write_small_shapes
 from tests.trainings import Killed, before_step, kill, logged, words
 
@@ -309,7 +309,8 @@ def test_a_damaged_file_is_refused_or_said_or_changes_nothing(name, file, undist
     whole = ask()
     assert whole.status == 0
     kinds = [d for d in damages(undisturbed) if d.file.endswith(file)]
-    kinds = [d for d in kinds if d.name.startswith(DAMAGED if name == "report" else tuple(CHANGES))]
+    if name == "report":  # it takes a second each
+        kinds = [d for d in kinds if d.name.startswith(DAMAGED)]
     assert len(kinds) >= len(DAMAGED)
     for damage in kinds:
         shutil.rmtree(run)
