@@ -298,7 +298,7 @@ def main() -> int:
     """Returns 1 where a damage gave a traceback or other numbers in silence."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="new folder for the runs")
-    parser.add_argument("--only", default="", help="kinds whose name holds this")
+    parser.add_argument("--only", default="", help="kinds whose name holds this regular expression")
     parser.add_argument("--every", action="store_true", help="every file of arrays and pictures")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -343,7 +343,7 @@ def main() -> int:
     every = damages(whole, other, options.every)
     # The newest checkpoint, then the files beside the checkpoints, then older checkpoints.
     for damage in sorted(every, key=lambda d: (f"checkpoints/{STEPS}" not in d.file, d.file)):
-        if options.only not in damage.name:
+        if not re.search(options.only, damage.name):
             continue
         found = ask(damage.act, damage.file)
         verdicts = {n: judged(a, expected[n], damage.file) for n, a in found.items()}
