@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,10 @@ from sam3jax.errors import exit_status
 from sam3jax.options import parse
 from sam3jax.tasks import TASKS
 from sam3jax.training.first_batches import draw_first
+from sam3jax.training.first_nan import first_nan
 from sam3jax.training.log import RunLog, StepLog
 from sam3jax.training.mesh import (
     backend_of,
-    join,
     local_mesh,
     make_mesh,
     micro_batches,
@@ -35,6 +35,7 @@ from sam3jax.training.mesh import (
     put_replicated,
 )
 from sam3jax.training.optim import build_optimizer, schedule_warning
+from sam3jax.training.peers import joined
 from sam3jax.training.rates import count, multipliers
 from sam3jax.training.signals import Interruptions, stopped
 from sam3jax.training.skipped import SkippedSteps
@@ -45,7 +46,7 @@ from sam3jax.training.timing import peak_memory
 from sam3jax.training.validation import Validation
 from sam3jax.weights.base import open_base
 from sam3jax.weights.checkpoints import Checkpoints
-from sam3jax.weights.run_folder import open_run_folder
+from sam3jax.weights.run_folder import open_run_folder, remark_missing
 from sam3jax.weights.trainable import compact, start
 
 
@@ -76,6 +77,8 @@ def train(config: Config) -> dict[str, Any]:
         state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
         untrained = state.trainable
         if (found := checkpoints.latest()) is not None:
+            if chief:
+                remark_missing(run, checkpoints.steps())
             about = checkpoints.about(found, folder.id)
             state = restore(checkpoints, found, state)
             loader.set_state(about["data"], force=config.resume == "force")
@@ -109,7 +112,9 @@ def train(config: Config) -> dict[str, Any]:
         del untrained
 
         step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
-        steps = StepLog(log, config, SkippedSteps(config.max_skipped, int(state.skipped)))
+        where = lambda: first_nan(task, mesh, state.trainable, frozen, prepared, batch)
+        skipped = SkippedSteps(config.max_skipped, int(state.skipped), where)
+        steps = StepLog(log, config, skipped)
         interruptions = ending.enter_context(Interruptions(config.save_minutes))
         for number in range(first + 1, config.steps + 1):
             batch = next(loader)
@@ -165,6 +170,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     others = options.coordinator, options.num_processes, options.process_id
-    if options.distributed or others != (None, None, None):
-        join(*others)
-    train(load_config(options.config, options.overrides))
+    many = options.distributed or others != (None, None, None)
+    with joined(*others, options.wait) if many else nullcontext():
+        train(load_config(options.config, options.overrides))
