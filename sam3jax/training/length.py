@@ -17,6 +17,11 @@ def in_steps(config: Config, pictures: int) -> Config:
     return config.model_copy(update={"steps": steps})
 
 
+def is_validated(config: Config, step: int) -> bool:
+    """Whether a step is validated: every `eval_every`th, and the last one."""
+    return step == config.steps or (config.eval_every > 0 and step % config.eval_every == 0)
+
+
 class Patience:
     """Counts validations that are no better than the best one before, and says when they are too many.
 

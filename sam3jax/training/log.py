@@ -23,6 +23,12 @@ from sam3jax.training.board import Board
 from sam3jax.training.optim import learning_rate
 from sam3jax.training.timing import Timer, peak_memory
 
+Hook = Callable[[int, Mapping[str, float]], Any]  # called with a step and its metrics
+
+
+def nothing(step: int, metrics: Mapping[str, float]) -> None:
+    """The hook that does nothing."""
+
 
 class RunLog:
     """The log of a run that continues at `step`. Lines after `step` are removed; those steps run again.
@@ -72,8 +78,11 @@ class RunLog:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def busy(self, what: str) -> Iterator[None]:
+    def busy(self, what: str, when: bool = True) -> Iterator[None]:
         """Something that takes long and is no step: the bar names it, its clock goes on."""
+        if not when:
+            yield
+            return
         start = time.perf_counter()
         if self._plain:
             self.say(f"{what} ...")
@@ -158,9 +167,7 @@ class StepLog:
     busy. pictures: of an epoch. hooks: called with each step and its metrics; they may end the run.
     """
 
-    def __init__(
-        self, log: RunLog, config: Config, pictures: int, *hooks: Callable[[int, Mapping[str, float]], Any]
-    ) -> None:
+    def __init__(self, log: RunLog, config: Config, pictures: int, *hooks: Hook) -> None:
         self.timer = Timer()
         self._log, self._config, self._hooks = log, config, hooks
         self._epochs = config.batch_size / pictures  # of a step

@@ -21,10 +21,10 @@ def finish(run: Path, summary: dict[str, Any]) -> None:
     write_report(run)
 
 
-def finished(run: Path, step: int, config: Config) -> dict[str, Any] | None:
+def finished(run: Path, step: int, config: Config, *, say: bool) -> dict[str, Any] | None:
     """The summary of a run that ended at its newest checkpoint, of `step`; None where it has more to do.
 
-    It ended where all steps are done, or where it was given up for want of improvement.
+    It ended where all steps are done, or where it was given up for want of improvement. say: so to people.
     """
     summary, report = run / "summary.json", run / "report.html"
     try:
@@ -33,7 +33,12 @@ def finished(run: Path, step: int, config: Config) -> dict[str, Any] | None:
         found = json.loads(summary.read_text())
         given_up = bool(config.patience) and found.get("stopped_early") and found["steps"] == step
         ended = given_up or (step >= config.steps and found["steps"] >= config.steps)
-        return found if ended and not changed(run, FILES) else None
+        if not ended or changed(run, FILES):
+            return None
+        if say:
+            more = "set `patience` to 0" if found.get("stopped_early") else "raise `steps`"
+            print(f"{run} is finished: {step} of {config.steps} steps; {more} to train on")
+        return found
     except (
         OSError,
         ValueError,

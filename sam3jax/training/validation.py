@@ -11,7 +11,8 @@ import jax
 
 from sam3jax.config import Config, ConfigError
 from sam3jax.tasks import Validated
-from sam3jax.training.log import RunLog, summary_line
+from sam3jax.training.length import Patience
+from sam3jax.training.log import Hook, RunLog, nothing, summary_line
 from sam3jax.training.state import TrainState
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.trainable import merge
@@ -35,7 +36,7 @@ class Validation:
         log: RunLog,
         checkpoints: Checkpoints,
         patience: Patience,
-        told: Callable[[int, Mapping[str, float]], Any] = lambda step, metrics: None,
+        told: Hook = nothing,
     ) -> None:
         """told: called with the step and the metrics of each validation."""
         self._ask, self._config, self._best_by = ask, config, best_by
