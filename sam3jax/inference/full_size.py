@@ -70,6 +70,21 @@ class Detections:
             )
         return results
 
+    def to_supervision(self, phrase: str, class_id: int = 0) -> Any:
+        """The same as `supervision.Detections`, with masks and the phrase as `class_name`.
+
+        Raises ImportError where the package `supervision` is not installed.
+        """
+        import supervision  # an optional extra, for people who draw and count with it
+
+        return supervision.Detections(
+            xyxy=np.asarray(self.boxes_xyxy, np.float32).reshape(-1, 4),
+            mask=self.decode_masks(),
+            confidence=np.asarray(self.scores, np.float32),
+            class_id=np.full(len(self), class_id),
+            data={"class_name": np.full(len(self), phrase)},
+        )
+
 
 def fetch(candidates: Candidates, floor: float) -> Candidates:
     """Candidates on the host; masks only of as many queries as have a score above `floor`.
