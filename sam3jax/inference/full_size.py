@@ -6,6 +6,7 @@ One path for validation, `evaluate` and `predict`.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,7 @@ class Detections:
 
         Raises ImportError where the package `supervision` is not installed.
         """
-        import supervision  # an optional extra, for people who draw and count with it
-
+        supervision = importlib.import_module("supervision")  # an optional extra
         return supervision.Detections(
             xyxy=np.asarray(self.boxes_xyxy, np.float32).reshape(-1, 4),
             mask=self.decode_masks(),
