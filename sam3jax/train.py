@@ -100,10 +100,7 @@ def train(
         ending.enter_context(closing(loader))
         ending.enter_context(closing(log))
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
-        for line in filter(
-            None, [*task.describe(data), schedule_warning(config.optim, config.steps)]
-        ):
-            log.say(line)
+        log.say(*task.describe(data), schedule_warning(config.optim, config.steps))
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
         frozen = put_replicated(compact(frozen, config.model, backend_of(mesh)), mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)

@@ -80,9 +80,9 @@ class RunLog:
         self._trackers = Trackers(config.trackers, about, self.say)
         self._bar.start()
 
-    def say(self, line: str) -> None:
-        """One line for people."""
-        if self._write:
+    def say(self, *lines: str | None) -> None:
+        """Lines for people; None is no line."""
+        for line in filter(None, lines if self._write else ()):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager

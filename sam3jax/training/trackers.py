@@ -8,6 +8,7 @@ wandb and mlflow are the user's to install; their own environment variables say 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
