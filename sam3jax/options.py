@@ -161,6 +161,20 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--out", metavar="COCO_DIR", help="new folder that --import writes")
 
 
+def _export(parser: Parser) -> None:
+    parser.description = "Write a model as StableHLO programs that run with jax alone."
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
+    parser.add_argument("--base", action="store_true", help="the model that the run started from")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--phrase", action="append", default=[], type=_phrase,
+        help="whose tokens are written beside the programs; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--detections", type=_whole, default=100, metavar="N", help="strongest ones that come out, default 100")  # fmt: skip
+
+
 def _report(parser: Parser) -> None:
     parser.description = "Write report.html into a run folder."
     parser.add_argument("run", metavar="RUN", help="run folder")
@@ -192,6 +206,7 @@ PARSERS: dict[str, Callable[[Parser], None]] = {
     "predict": _predict,
     "doctor": _doctor,
     "report": _report,
+    "export": _export,
     "demo": _demo,
     "plan": _plan,
     "settings": _list_settings,

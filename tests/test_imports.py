@@ -30,7 +30,7 @@ FLOORS = (
         "evaluate_clicks",
         "doctor_videos",
     ),  # halves of the doors below
-    ("train", "evaluate", "predict", "doctor", "report", "settings", "plan"),
+    ("train", "evaluate", "predict", "doctor", "report", "settings", "plan", "export"),
     ("demo_video",),  # the half of `demo` for videos
     ("demo",),  # trains and evaluates
     ("cli",),
