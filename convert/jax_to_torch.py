@@ -15,7 +15,8 @@ import numpy as np
 from convert import tracker
 from convert.adapters import count_layers, merge
 from convert.differences import measured, warnings
-from convert.files import CARRIED, write_checkpoint
+from convert.files import write_checkpoint
+from convert.folders import CARRIED
 from convert.huggingface_config import huggingface_config, processor_files
 from convert.layouts import LAYOUTS
 from convert.model_card import CARD, model_card

@@ -82,7 +82,7 @@ def sort_tensors(
 
     Raises FileError, by name, for SAM and SAM 2 checkpoints, trackers and anything else.
     """
-    tensors = _unwrapped(tensors)
+    tensors = unwrapped(tensors)
     wrapper = _wrapper(tensors)
     bare = {n.removeprefix(wrapper): t for n, t in tensors.items() if n.startswith(wrapper)}
     kind, detector = _recognise(bare)
@@ -127,7 +127,7 @@ def sort_tensors(
     return Sorted(layout, live, carried | beside, tuple(unknown), stored)
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without what torch.compile, FSDP and activation checkpointing put into names, anywhere."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

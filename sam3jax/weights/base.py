@@ -1,4 +1,4 @@
-"""What a run starts from: a model folder, another run, or random weights."""
+"""What a run starts from: a model folder, a checkpoint, another run, or random weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sam3jax.weights.model_folder import (
     is_model_folder,
     load_params,
     load_tokenizer,
-    open_model_folder,
 )
 from sam3jax.weights.names import roots
 from sam3jax.weights.scope import scope_of
+from sam3jax.weights.start import open_start
 from sam3jax.weights.tree import Tree
 
 # What a user sets of a model that is read from a folder; its sizes come with it.
@@ -60,7 +60,7 @@ def open_base(config: Config) -> Base:
     path = Path(config.init)
     if is_run_folder(path):
         return _run(config, path)
-    folder = open_model_folder(path)
+    folder = open_start(config.init)
     tokenizer = load_tokenizer(folder)
 
     def load() -> Weights:
