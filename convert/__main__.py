@@ -48,8 +48,8 @@ def _keep_apart(src: Path, out: Path) -> None:
 
 def _torch_to_jax(o: argparse.Namespace) -> list[str]:
     return torch_to_jax(
-        o.src, o.out, dtype=o.dtype, tokenizer=o.tokenizer, overrides=_settings(o.set)
-    )
+        o.src, o.out, dtype=o.dtype, tokenizer=o.tokenizer, adapter=o.adapter, overrides=_settings(o.set)
+    )  # fmt: skip
 
 
 def _jax_to_torch(o: argparse.Namespace) -> list[str]:

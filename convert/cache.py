@@ -93,8 +93,8 @@ def _alone(models: Path) -> Iterator[bool]:
 
 def _content(reading: Reading, notes: Path) -> str:
     """Digits that are equal where all files that a conversion reads are equal, wherever they lie."""
-    digests = [f"{file.name} {_digest(file, notes)}" for file in reading.files]
-    text = "\n".join([f"version {_VERSION}", *sorted(digests)])
+    digests = sorted({_digest(file, notes) for file in reading.files})
+    text = "\n".join([f"version {_VERSION}", *digests])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -232,8 +232,6 @@ def _pieces(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[int, Tensor]]
 def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
     """The layout and the detector's prefix, or FileError with what it is instead."""
     joined = "\n" + "\n".join(bare)
-    if adapters := len(re.findall(r"\.lora_A\.", joined)):
-        raise FileError(_adapters(adapters, alone=".base_layer." not in joined))
     if found := _detector(bare):
         return found
     if re.search(
@@ -257,19 +255,6 @@ def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
     some = ", ".join(list(bare)[:3])
     raise FileError(
         f"no SAM 3 detector in this checkpoint of {len(bare)} tensors (the first: {some})"
-    )
-
-
-def _adapters(layers: int, alone: bool) -> str:
-    remedy = "merge them with peft's merge_and_unload(), save that model and convert it"
-    if alone:
-        return (
-            f"these are LoRA adapters ({layers} layers) without their base model: load them onto it with "
-            f"peft.PeftModel.from_pretrained, {remedy}"
-        )
-    return (
-        f"this is a peft model whose LoRA adapters ({layers} layers) are not merged into its weights (base_layer): "
-        f"{remedy}"
     )
 
 

@@ -76,7 +76,7 @@ def take_apart(tensors: Mapping[str, Tensor], where: Path) -> Peft:
     strange += [f"{layer}.lora_A or lora_B" for layer, pair in halves.items() if len(pair) < 2]
     if strange:
         raise FileError(
-            f"{where} holds adapters that are no pairs of matrices ({', '.join(strange[:5])}): merge them with "
+            f"{where} holds LoRA adapters that are no pairs of matrices ({', '.join(strange[:5])}): merge them with "
             "peft's merge_and_unload(), save that model and convert it"
         )
     if len(titles) > 1:

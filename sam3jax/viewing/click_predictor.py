@@ -30,8 +30,8 @@ from sam3jax.viewing.predictor import Picture, PromptError, as_rgb
 from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import load_model_folder
 from sam3jax.weights.run_folder import read_run
-from sam3jax.weights.start import model_folder
 from sam3jax.weights.scope import CLICKS
+from sam3jax.weights.start import model_folder
 
 STABILITY_OFFSET = (
     1.0  # how far the threshold moves in `Answers.stability`, as SAM's mask generator

@@ -155,8 +155,8 @@ def _check_sums(
             wrong.append(TOKENIZER)
     if wrong:
         raise FileError(
-            f"{path}: {', '.join(wrong)} changed after they were written: copy the folder or convert the checkpoint "
-            "again"
+            f"{path}: {', '.join(wrong)} changed after they were written: remove the folder, and copy it or convert "
+            "the checkpoint again"
         )
 
 

@@ -161,7 +161,7 @@ def _file_tensor(
             if (found := checksum(array)) != expected:
                 raise FileError(
                     f"its bytes in {path} are not those that were written (checksum {found}, expected {expected}): "
-                    "copy the folder or convert the checkpoint again"
+                    "remove them, and copy them or convert the checkpoint again"
                 )
             unchecked.clear()
         return array

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from convert.model_card import model_card
 from convert.sources import open_source
 from sam3jax.config import load_config
 from sam3jax.weights.lora import merge_lora
+from sam3jax.weights.start import model_folder
 from tests import torch_reference as reference
 from tests.bridge import inputs
 from tests.bridge import published as as_published
@@ -125,6 +127,50 @@ def test_metrics_of_a_run_stand_in_its_card(bases, tuned):
     card = huggingface_hub.ModelCard(model_card(source, "a/b"))
     [result] = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("mask_AP", 0.25)
+
+
+def test_adapters_come_back_in_as_peft_merges_them(tmp_path, bases, tuned, capsys, monkeypatch):
+    """From their folder beside a base, from one that names its base, and inside a model that nobody merged."""
+    monkeypatch.setenv("SAM3JAX_CACHE", str(tmp_path / "cache"))
+    path, base = tuned["LoRA and parameters"][0], bases / "full-hf"
+    run("jax-to-torch", "--src", path, "--out", tmp_path / "a", "--adapter", "--base", base)
+    model = transformers.Sam3Model.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "a")
+    (tmp_path / "whole").mkdir()
+    shutil.copy(tmp_path / "a" / "adapter_config.json", tmp_path / "whole")
+    torch.save(adapted.state_dict(), tmp_path / "whole" / "model.pt")
+    expected = adapted.merge_and_unload().state_dict()
+    run("torch-to-jax", "--src", bases / "full.pt", "--adapter", tmp_path / "a", "--out", tmp_path / "0")  # fmt: skip
+    run("torch-to-jax", "--src", tmp_path / "whole", "--out", tmp_path / "1")
+    said = capsys.readouterr().out
+    assert said.count("LoRA adapters merged") == 2
+    folders = [tmp_path / "0", tmp_path / "1", model_folder(tmp_path / "a")]
+    for i, folder in enumerate(folders):
+        run("jax-to-torch", "--src", folder, "--out", tmp_path / f"{i}.safetensors", "--layout=huggingface")  # fmt: skip
+        found = load(tmp_path / f"{i}.safetensors")
+        for name in found.keys() & expected.keys():
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+        assert len(found.keys() & expected.keys()) > 300
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        ({"base_model_name_or_path": None}, "names none: give it: --src BASE --adapter"),
+        ({"base_model_name_or_path": "nowhere/at/all"}, "there is no nowhere/at/all"),
+        ({"use_dora": True}, "use_dora True"),
+        ({"lora_alpha": "x"}, "lora_alpha"),
+        ({"alpha_pattern": {"(": 1}}, "holds no patterns"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_named_with_the_remedy(tmp_path, bases, tuned, capsys, edit, sentence):  # fmt: skip
+    run("jax-to-torch", "--src", tuned["LoRA"][0], "--out", tmp_path / "a", "--adapter", "--base", bases / "full-hf")  # fmt: skip
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    assert main(["torch-to-jax", "--src", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_trained_is_float32_and_asked_rounding_is_measured(tmp_path, bases, tuned, capsys):
