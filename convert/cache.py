@@ -67,9 +67,9 @@ def _convert(init: str | Path, reading: Reading, target: Path) -> None:
             raise FileError(f"{init} comes without a vocabulary, {vocabulary.partition(': ')[2]}")
         for note in notes:
             remark(note)
-        with contextlib.suppress(
-            OSError
-        ):  # where another process was first, its folder is the same
+        if not is_model_folder(target):  # damaged, if it is there at all
+            shutil.rmtree(target, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was first: its folder is the same
             (scratch / "model").rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

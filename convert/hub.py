@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from convert.folders import BESIDE, shards_of, weights_among
+from convert.folders import BESIDE, CARRIED, shards_of, weights_among
 from sam3jax.files import FileError
 
 # Public, and small: the vocabulary that SAM 3's text tower reads.
@@ -22,7 +22,7 @@ def fetch(repository: str) -> Path:
     try:
         names = HfApi().list_repo_files(repository)
         wanted = [weights_among(names, repository)]
-        wanted += [*shards_of(wanted[0], names), *BESIDE]
+        wanted += [wanted[0] + CARRIED, *shards_of(wanted[0], names), *BESIDE]
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except FileError:
         raise
