@@ -56,10 +56,10 @@ def _jax_to_torch(o: argparse.Namespace) -> list[str]:
     _keep_apart(o.src, o.out)
     source = open_source(o.src)
     if o.adapter:
-        return export_adapter(source, o.out, o.base)
+        return export_adapter(source, o.out, o.base, compare=o.compare, phrases=o.phrase)
     return export(
         source, o.out, layout=o.layout, dtype=o.dtype, prefix=o.prefix, detector_only=o.detector_only, base=o.base,
-        compare=o.compare,
+        compare=o.compare, phrases=o.phrase,
     )  # fmt: skip
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from scipy import ndimage
 
 from convert.adapters import merge
+from convert.layouts import FLOATS
 from convert.sources import Source
 from sam3jax.config import ModelConfig
 from sam3jax.data.pictures import open_rgb
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import FileError
-from sam3jax.model import Sam3
-from sam3jax.types import Prompts
+from sam3jax.model import Sam3, draw_masks
+from sam3jax.types import Outputs, Prompts
+from sam3jax.weights.tensor_file import DTYPES
 from sam3jax.weights.tree import unflatten
 
 PICTURES = 3  # at once, however many were given: a model at full size takes minutes on a CPU
+FOUND = 0.5  # the score above which an object counts as found
 
 
 def destination(config: ModelConfig, layout: str) -> ModelConfig:
@@ -44,34 +48,59 @@ def warnings(config: ModelConfig, layout: str) -> list[str]:
     ]
 
 
-def measured(source: Source, layout: str, pictures: Sequence[Path]) -> list[str]:
-    """A sentence with the largest difference of scores on these pictures, for the run's phrases.
+def measured(
+    source: Source,
+    layout: str,
+    pictures: Sequence[Path],
+    phrases: Sequence[str] = (),
+    dtype: str | None = None,
+) -> list[str]:
+    """A sentence with the largest differences of scores and masks on these pictures.
 
-    Raises FileError where the source names no phrases.
+    phrases: what is asked; (): those of the run. dtype: of the export's floats; None: nothing is rounded.
+    Raises FileError where there are no phrases.
     """
-    phrases = list(source.training.run.thresholds) if source.training else []
+    phrases = list(phrases or (source.training.run.thresholds if source.training else ()))
     if not phrases or source.folder.tokenizer is None:
-        raise FileError("--compare needs the phrases of a run that was validated: leave it out")
+        raise FileError(
+            "--compare needs phrases: give some with --phrase (those of a validated run are known)"
+        )
     config = source.folder.config
     leaves = merge(source.folder.leaves, source.adapters)
-    params = unflatten({path: t.read().astype(np.float32) for path, t in leaves.items()})
+    flat = {path: np.asarray(t.read(), np.float32) for path, t in leaves.items()}
     tokens = Tokenizer(source.folder.tokenizer, config.text_length)(phrases)
     images = [_picture(file, config.image_size) for file in pictures[:PICTURES]]
-    here, there = (
-        np.concatenate([_scores(c, params, image, tokens) for image in images])
-        for c in (config, destination(config, layout))
-    )
-    change = np.abs(here - there)
+    here = _answers(config, flat, images, tokens)
+    narrow = DTYPES[FLOATS[dtype or "float32"]]
+    flat = {path: x.astype(narrow).astype(np.float32) for path, x in flat.items()}
+    there = _answers(destination(config, layout), flat, images, tokens)
+    first, second = (np.concatenate([scores for scores, _ in answers]) for answers in (here, there))
+    moved = [
+        _moved(*masks)
+        for (scores, draw), (others, draw_there) in zip(here, there, strict=True)
+        for pair, query in _asked(scores, others)
+        for masks in [(draw(pair, query), draw_there(pair, query))]
+    ]
+    gone = sum(np.isinf(moved))
+    edges = max((x for x in moved if np.isfinite(x)), default=0.0)
     return [
         f"measured on {len(images)} pictures, {len(phrases)} phrases: the best score of a phrase is "
-        f"{here.max(-1).mean():.3f} here and {there.max(-1).mean():.3f} there in the mean, single scores differ by up to "
-        f"{change.max():.3f}"
+        f"{first.max(-1).mean():.3f} here and {second.max(-1).mean():.3f} there in the mean, single scores differ by up "
+        f"to {np.abs(first - second).max():.2g}; edges of {len(moved)} masks differ by up to {edges:.3g} pixels of "
+        f"{config.image_size}" + (f", {gone} masks are empty on one side" if gone else "")
     ]
 
 
-def _scores(config: ModelConfig, params: Any, image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """[P, Q]: the scores of all queries for each phrase on one picture."""
-    count = len(tokens)
+# [P, Q] scores, and the mask of pair p and query q: [size, size] bool.
+Answers = tuple[np.ndarray, Callable[[int, int], np.ndarray]]
+
+
+def _answers(
+    config: ModelConfig, flat: Mapping[tuple[str, ...], np.ndarray], images: Sequence[np.ndarray], tokens: np.ndarray
+) -> list[Answers]:  # fmt: skip
+    """What the model answers to each phrase on each picture."""
+    variables = {"params": unflatten(flat)}
+    count, size = len(tokens), config.image_size
     prompts = Prompts(
         text_id=np.arange(count, dtype=np.int32)[None],
         valid=np.ones((1, count), bool),
@@ -79,9 +108,43 @@ def _scores(config: ModelConfig, params: Any, image: np.ndarray, tokens: np.ndar
         box_labels=np.zeros((1, count, 1), np.int32),
         box_valid=np.zeros((1, count, 1), bool),
     )
-    out = jax.jit(Sam3(config).apply)({"params": params}, image[None], tokens, prompts)
-    presence = jax.nn.sigmoid(out.presence_logits[-1])[:, None]
-    return np.asarray(jax.nn.sigmoid(out.o2o.logits[-1]) * presence)
+
+    def answer(image: np.ndarray) -> Answers:
+        out = _compiled(config)(variables, image[None], tokens, prompts)
+        presence = jax.nn.sigmoid(out.presence_logits[-1])[:, None]
+        scores = np.asarray(jax.nn.sigmoid(out.o2o.logits[-1]) * presence)
+
+        def draw(pair: int, query: int) -> np.ndarray:
+            embed = out.o2o.mask_embed[pair, query][None, None]
+            logits = draw_masks(embed, out.pixel_embed[pair][None])[0, 0]
+            return np.asarray(jax.image.resize(logits, (size, size), "linear") > 0)
+
+        return scores, draw
+
+    return [answer(image) for image in images]
+
+
+@functools.cache
+def _compiled(config: ModelConfig) -> Callable[..., Outputs]:
+    return jax.jit(Sam3(config).apply)
+
+
+def _asked(here: np.ndarray, there: np.ndarray) -> list[tuple[int, int]]:
+    """(pair, query) of each whose masks are compared: the best of each phrase, and all that are found on one side."""
+    found = (here > FOUND) | (there > FOUND)
+    found[np.arange(len(here)), here.argmax(-1)] = True
+    return [(int(pair), int(query)) for pair, query in np.argwhere(found)]
+
+
+def _moved(first: np.ndarray, second: np.ndarray) -> float:
+    """How far two masks reach beyond each other, in pixels; infinite where one alone is empty.
+
+    The Hausdorff distance: 0 for equal masks, 1 where an edge moved by a pixel.
+    """
+    if not (first.any() and second.any()):
+        return float("inf") if first.any() != second.any() else 0.0
+    beyond = lambda a, b: np.asarray(ndimage.distance_transform_edt(~b))[a].max()
+    return float(max(beyond(first, second), beyond(second, first)))
 
 
 def _picture(file: Path, size: int) -> np.ndarray:

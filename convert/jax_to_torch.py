@@ -54,6 +54,7 @@ def export(
     detector_only: bool = False,
     base: str | None = None,
     compare: Sequence[Path] = (),
+    phrases: Sequence[str] = (),
 ) -> list[str]:
     """Write a torch checkpoint. Returns what a person should know, in sentences.
 
@@ -61,7 +62,7 @@ def export(
     `.safetensors` file; a transformers export to any other name is a folder with `config.json` beside.
     dtype: of every float; None: as stored, and float32 where something was trained. prefix: what stands before the detector's names; None: as it was, and as the layout has it.
     base: what the model card of a transformers folder names as the model that was trained.
-    compare: pictures on which the difference to the program of this layout is measured.
+    compare, phrases: pictures and questions on which the difference to the program of this layout is measured.
     Raises FileError, after which nothing was written.
     """
     folder, adapters = source.folder, source.adapters
@@ -86,7 +87,7 @@ def export(
         lines += rounding(folder, source.training, dtype)
     lines += warnings(folder.config, layout)
     if compare:
-        lines += measured(source, layout, compare)
+        lines += measured(source, layout, compare, phrases, dtype)
     if rest:
         lines.append(f"kept beside, for the way back: {', '.join(_kinds(rest))}")
     if layout == "huggingface" and out.suffix not in (".safetensors", ".pt", ".pth", ".bin"):

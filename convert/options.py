@@ -88,6 +88,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="measure on these how answers differ where the export is opened",
     )
 
+    command.add_argument(
+        "--phrase",
+        action="append",
+        default=[],
+        help="asked by --compare; default: the run's own; may be given several times",
+    )
+
     command = commands.add_parser(
         "inspect", help="what a checkpoint, model folder or run folder holds"
     )

@@ -75,6 +75,8 @@ def open_source(path: str | Path) -> Source:
     )
     adapters = adapters_of(run.variables.get("lora", {}), run.variables.get("lora_scale", {}))
     tuned, start = flatten(run.variables["params"]), flatten(run.base_variables["params"])
+    # What the run did not train is read from the folder again: kept here, it would lie in memory twice.
+    run = dataclasses.replace(run, variables={}, base_variables={}, trained={})
     if root is None:
         leaves = {name: Tensor.of(np.asarray(leaf)) for name, leaf in tuned.items()}
         folder = ModelFolder(path, run.config.model, leaves, {}, run.tokenizer.to_json(), {})

@@ -95,21 +95,21 @@ def make_data(folder: Path) -> None:
     (folder / "train" / "_annotations.coco.json").write_text(json.dumps(content))
 
 
-def differences(before: Path, after: Path) -> tuple[list[str], int]:
-    """(names of the tensors whose bits differ, how many there are). Raises SystemExit for other names."""
+def compare(before: Path, after: Path) -> None:
+    """Print how many tensors differ in any bit, and refuse others than those of adapted layers."""
     import torch
 
     first, second = (
         torch.load(f, weights_only=True, mmap=True, map_location="cpu") for f in (before, after)
     )
-    if list(first.keys() ^ second.keys()):
+    if first.keys() != second.keys():
         raise SystemExit(f"other names: {sorted(first.keys() ^ second.keys())[:5]}")
-    differ = [
-        name
-        for name, tensor in first.items()
-        if tensor.dtype != second[name].dtype or not torch.equal(tensor, second[name])
-    ]
-    return differ, len(first)
+    same = lambda a, b: a.dtype == b.dtype and torch.equal(a, b)
+    differ = [name for name in first if not same(first[name], second[name])]
+    print(f"{len(differ)} of {len(first)} tensors differ", flush=True)
+    trained = [n for n in differ if n.startswith("detector.transformer.decoder.layers.")]
+    if len(trained) < len(differ) or bool(differ) != ("tuned" in after.name):
+        raise SystemExit(f"not as it should be: {differ[:5]}")
 
 
 def run(title: str, *command: object) -> None:
@@ -125,54 +125,54 @@ def run(title: str, *command: object) -> None:
 
 
 def main() -> int:
-    """Make, convert, train, export, compare; returns 1 where more than the adapted layers changed."""
+    """Make, convert, train, export, compare; ends with status 1 where other tensors changed than it should."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder for 14 GB of files; default: temporary")
+    parser.add_argument("--make", type=Path, help="used by the script itself")
+    parser.add_argument("--compare", type=Path, nargs=2, help="used by the script itself")
     options = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="multiplex-", dir=options.work))
+    if options.make:
+        make(options.make)
+    elif options.compare:
+        compare(*options.compare)
+    else:
+        work = Path(tempfile.mkdtemp(prefix="multiplex-", dir=options.work))
+        try:
+            chain(work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return 0
+
+
+def chain(work: Path) -> None:
+    """All commands one after the other, each in a process of its own."""
     file, model, tuned = work / "sam3.1_multiplex.pt", work / "model", work / "run"
-    convert = ("-m", "convert")
-    try:
-        make(file)
-        make_data(work / "data")
-        print(
-            f"{file.stat().st_size:,} bytes\n\n| command | seconds | peak memory, GB |\n|---|---|---|"
-        )
-        run("convert torch-to-jax", *convert, "torch-to-jax", "--src", file, "--out", model)
-        run(
-            "convert jax-to-torch",
-            *convert,
-            "jax-to-torch",
-            "--src",
-            model,
-            "--out",
-            work / "back.pt",
-        )
-        differ, count = differences(file, work / "back.pt")
-        print(f"untrained: {len(differ)} of {count} tensors differ", flush=True)
-        (work / "back.pt").unlink()
-        run(
-            "train, one LoRA step", "-m", "sam3jax.train", f"init={model}", f"data.train={work / 'data'}",
-            f"output={tuned}", "steps=1", "optim.warmup_steps=0", f"lora.targets=[{TARGETS}]", "data.workers=0",
-            "loss.mask_chunk=4", "batch_size=1",
-        )  # fmt: skip
-        run(
-            "convert jax-to-torch, trained",
-            *convert,
-            "jax-to-torch",
-            "--src",
-            tuned,
-            "--out",
-            work / "tuned.pt",
-        )
-        differ, count = differences(file, work / "tuned.pt")
-        strange = [n for n in differ if not n.startswith("detector.transformer.decoder.layers.")]
-        print(
-            f"trained: {len(differ)} of {count} tensors differ, {len(strange)} of them not adapted"
-        )
-        return 1 if strange or not differ else 0
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    itself, convert = ("-m", "scripts.multiplex_full"), ("-m", "convert")
+    make_data(work / "data")
+    run("make", *itself, "--make", file)
+    print(
+        f"\n{file.stat().st_size:,} bytes\n\n| command | seconds | peak memory, GB |\n|---|---|---|"
+    )
+    run("inspect", *convert, "inspect", file)
+    run("torch-to-jax", *convert, "torch-to-jax", "--src", file, "--out", model)
+    run("jax-to-torch", *convert, "jax-to-torch", "--src", model, "--out", work / "back.pt")
+    run("compare", *itself, "--compare", file, work / "back.pt")
+    (work / "back.pt").unlink()
+    run(
+        "train, one LoRA step", "-m", "sam3jax.train", f"init={model}", f"data.train={work / 'data'}",
+        f"output={tuned}", "steps=1", "optim.warmup_steps=0", f"lora.targets=[{TARGETS}]", "data.workers=0",
+        "loss.mask_chunk=4", "batch_size=1",
+    )  # fmt: skip
+    run(
+        "jax-to-torch of the run",
+        *convert,
+        "jax-to-torch",
+        "--src",
+        tuned,
+        "--out",
+        work / "tuned.pt",
+    )
+    run("compare", *itself, "--compare", file, work / "tuned.pt")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ peft = pytest.importorskip("peft", reason="adapters are read by peft")
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="reads model cards")
 
 from PIL import Image
+from scipy.spatial.distance import directed_hausdorff
 
 from convert.__main__ import main
-from convert.differences import measured
+from convert.differences import destination, measured
 from convert.model_card import model_card
 from convert.sources import open_source
 from sam3jax.config import load_config
@@ -205,8 +206,9 @@ def test_adapters_that_are_not_all_that_was_learned_are_refused(tmp_path, bases,
         assert not out.exists()
 
 
-def test_an_official_export_opened_with_sam3_answers_as_here(tmp_path, tuned):
-    path, variables = tuned["LoRA and parameters"]
+@pytest.mark.parametrize("kind", RUNS)
+def test_an_official_export_opened_with_sam3_answers_as_here(tmp_path, tuned, kind):
+    path, variables = tuned[kind]
     run(
         "jax-to-torch", "--src", path, "--out", tmp_path / "o.pt", "--prefix", "", "--detector-only"
     )
@@ -216,7 +218,7 @@ def test_an_official_export_opened_with_sam3_answers_as_here(tmp_path, tuned):
     with small_vocabulary(detector):
         out, _ = reference.forward(detector, e, train=False)
         images, tokens, prompts = inputs(detector, e)
-    config = load_config(path / "config.yaml").model
+    config = destination(load_config(path / "config.yaml").model, "official")
     found = as_published(compiled(config)(variables, images, tokens, prompts), False)
     for name, expected in reference.stacked(out).items():
         atol = 1e-4 * np.abs(expected).max()
@@ -260,11 +262,27 @@ def test_the_difference_is_measured_on_pictures(tmp_path, tuned):
     tokens = found.tokenizer(["red circle"]).astype(np.int64)
     images = (noise.transpose(2, 0, 1)[None] / 127.5 - 1).astype(np.float32)
     e = {**example(config_of(path), pairs=1, boxes=False), "images": images, "tokens": tokens}
-    scores = []
+    scores, masks = [], []
     for config in (load_config(path / "config.yaml").model, config_of(path)):
         out = ours(config, variables, e)
         sigmoid = lambda x: 1 / (1 + np.exp(-x))
         presence = sigmoid(np.ravel(out["presence_logit_dec"])[-1])
         scores.append(sigmoid(np.ravel(out["pred_logits"])) * presence)
-    assert f"differ by up to {np.abs(scores[0] - scores[1]).max():.3f}" in said
+        small = torch.from_numpy(out["pred_masks"].reshape(1, -1, *out["pred_masks"].shape[-2:]))
+        large = torch.nn.functional.interpolate(small, (112, 112), mode="bilinear")[0].numpy()
+        masks.append(large > 0)
+    assert f"differ by up to {np.abs(scores[0] - scores[1]).max():.2g}" in said
     assert f"{scores[0].max():.3f} here and {scores[1].max():.3f} there" in said
+    asked = {int(scores[0].argmax()), *np.flatnonzero(np.maximum(*scores) > 0.5).tolist()}
+    edges = [
+        max(directed_hausdorff(np.argwhere(x), np.argwhere(y))[0] for x, y in ((a, b), (b, a)))
+        for a, b in ((masks[0][q], masks[1][q]) for q in asked)
+    ]
+    assert f"edges of {len(asked)} masks differ by up to {max(edges):.3g} pixels of 112" in said
+    assert max(edges) > 0
+    # With nothing between the two programs nothing differs; what an export rounds away is in the measure.
+    [said] = measured(source, "official", [tmp_path / "p.png"], ["a"])
+    assert "single scores differ by up to 0; edges of" in said
+    assert "by up to 0 pixels" in said
+    [said] = measured(source, "official", [tmp_path / "p.png"], ["a"], "bfloat16")
+    assert "single scores differ by up to 0;" not in said
