@@ -13,7 +13,7 @@ from scipy import ndimage
 from convert.adapters import merge
 from convert.layouts import FLOATS
 from convert.sources import Source
-from sam3jax.config import ModelConfig
+from sam3jax.config import DESTINATIONS, ModelConfig
 from sam3jax.data.pictures import open_rgb
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import FileError
@@ -28,15 +28,16 @@ FOUND = 0.5  # the score above which an object counts as found
 
 def destination(config: ModelConfig, layout: str) -> ModelConfig:
     """The model as the program of this layout computes it."""
-    there = layout == "huggingface"
-    return config.model_copy(update={"geometry_without_boxes": not there, "clamp_presence": there})
+    return config.model_copy(
+        update=DESTINATIONS["transformers" if layout == "huggingface" else "sam3"]
+    )
 
 
 def warnings(config: ModelConfig, layout: str) -> list[str]:
     """Sentences about answers that will differ; none where they will not."""
     if config.geometry_without_boxes == (layout == "official"):
         return []
-    other = "true" if layout == "official" else "false"
+    other = "sam3" if layout == "official" else "transformers"
     does = (
         "transformers leaves the geometry encoder out where a prompt has no box, and this model was trained with it"
         if layout == "huggingface"
@@ -44,7 +45,7 @@ def warnings(config: ModelConfig, layout: str) -> list[str]:
     )
     return [
         f"WARNING: {does}: answers to phrases alone differ there and may be much worse. Train with "
-        f"model.geometry_without_boxes={other} for equal answers; --compare PICTURE ... measures the difference"
+        f"destination={other} for equal answers; --compare PICTURE ... measures the difference"
     ]
 
 

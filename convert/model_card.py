@@ -116,7 +116,7 @@ def _differences(config: ModelConfig) -> list[str]:
         lines.append(
             "- transformers leaves the geometry encoder out where a prompt has no box; this model was trained "
             "with it. **Scores, boxes and masks of phrases alone differ there**, and may be worse. Train with "
-            "`model.geometry_without_boxes=false` for equal answers."
+            "`destination=transformers` for equal answers."
         )
     if not config.clamp_presence:
         lines.append("- transformers clamps presence logits to -10..10.")

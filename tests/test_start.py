@@ -89,6 +89,20 @@ def test_weights_of_any_form_are_converted_once_and_train_with_one_command(
     assert load_config(tmp_path / "run" / "config.yaml").init == init
 
 
+def test_a_run_computes_as_its_destination_does(made):
+    for name, destination, without_boxes in (
+        ("model", "transformers", False), ("hf", None, False), ("hf", "sam3", True), ("model", None, True),
+    ):  # fmt: skip
+        words = [f"init={made / name}", *([f"destination={destination}"] if destination else [])]
+        model = open_base(load_config(None, words)).config.model
+        assert (model.geometry_without_boxes, model.clamp_presence) == (
+            without_boxes,
+            not without_boxes,
+        )
+    own = open_base(load_config(None, [*words, "destination=transformers", "model.clamp_presence=false"])).config.model  # fmt: skip
+    assert (own.geometry_without_boxes, own.clamp_presence) == (False, False)
+
+
 def test_the_cache_knows_content_not_places(made, tmp_path):
     first = model_folder(made / "sam3.pt")
     shutil.copy(made / "sam3.pt", tmp_path / "other.pt")

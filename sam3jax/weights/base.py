@@ -79,9 +79,8 @@ def is_run_folder(path: str | Path) -> bool:
 def _noise(config: Config) -> Base:
     if config.model.vocab_size > 4096:
         raise ConfigError(
-            "init is not set: SAM 3 starts from its published weights (python -m convert torch-to-jax "
-            "--src sam3.pt --out models/sam3, then init=models/sam3); to learn from nothing set "
-            "model.preset=tiny"
+            "init is not set: SAM 3 starts from its published weights, init=sam3.pt or init=facebook/sam3; to learn "
+            "from nothing set model.preset=tiny"
         )
     parts = scope_of(config).parts
     tokenizer = Tokenizer(build_byte_tokenizer(config.model.vocab_size), config.model.text_length)

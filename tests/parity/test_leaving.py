@@ -37,13 +37,12 @@ TRAINABLE = [
     f"{DECODER}.query_embed.weight", f"{DECODER}.layers.0.linear1.weight", f"{DECODER}.layers.1.self_attn.q_proj.weight",
     f"{VISION}.trunk.pos_embed", "backbone.language_backbone.resizer.*", f"{VISION}.convs.1.*",
 ]  # fmt: skip
-FOR_TRANSFORMERS = {"geometry_without_boxes": False, "clamp_presence": True}
 RUNS = {
     "LoRA": dict(lora={"rank": 3}),
     "LoRA and parameters": dict(lora={"rank": 3}, trainable=TRAINABLE),
     "everything": dict(train="all"),
     "bfloat16 base": dict(lora={"rank": 3}),
-    "for transformers": dict(lora={"rank": 3}, model=FOR_TRANSFORMERS),
+    "for transformers": dict(lora={"rank": 3}, destination="transformers"),
 }
 
 
