@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from convert.adapters import merge
+from convert.huggingface_config import PROCESSOR_LENGTH
 from convert.layouts import FLOATS
 from convert.sources import Source
 from sam3jax.config import DESTINATIONS, ModelConfig
@@ -35,8 +36,14 @@ def destination(config: ModelConfig, layout: str) -> ModelConfig:
 
 def warnings(config: ModelConfig, layout: str) -> list[str]:
     """Sentences about answers that will differ; none where they will not."""
+    lines = []
+    if layout == "huggingface" and config.text_length != PROCESSOR_LENGTH:
+        lines.append(
+            f"Sam3Processor pads phrases to {PROCESSOR_LENGTH} tokens, this model reads {config.text_length}: cut its "
+            f"input_ids and attention_mask to [:, :{config.text_length}]"
+        )
     if config.geometry_without_boxes == (layout == "official"):
-        return []
+        return lines
     other = "sam3" if layout == "official" else "transformers"
     does = (
         "transformers leaves the geometry encoder out where a prompt has no box, and this model was trained with it"
@@ -44,8 +51,9 @@ def warnings(config: ModelConfig, layout: str) -> list[str]:
         else "sam3 runs the geometry encoder also where a prompt has no box, and this model was trained without it"
     )
     return [
+        *lines,
         f"WARNING: {does}: answers to phrases alone differ there and may be much worse. Train with "
-        f"destination={other} for equal answers; --compare PICTURE ... measures the difference"
+        f"destination={other} for equal answers; --compare PICTURE ... measures the difference",
     ]
 
 
