@@ -252,6 +252,10 @@ def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
         raise FileError(
             "this checkpoint holds a SAM 3 tracker without its detector; take the whole sam3.pt or model.safetensors"
         )
+    if "\nvit/" in joined:
+        raise FileError(
+            "these are the arrays of a model folder whose config.json is damaged or gone: convert the checkpoint again"
+        )
     some = ", ".join(list(bare)[:3])
     raise FileError(
         f"no SAM 3 detector in this checkpoint of {len(bare)} tensors (the first: {some})"

@@ -51,8 +51,11 @@ def understand(
     if peft:
         settings = peft_config(*dict.fromkeys(file.parent for file in reversed(files)))
         dead = {n: t for n, t in found.carried.items() if n not in checkpoint.carried}
-        live, said = merged(found.live, dead, peft, settings)
-        found, notes = dataclasses.replace(found, live=live), [said]
+        live = merged(found.live, dead, peft, settings)
+        found = dataclasses.replace(found, live=live)
+        notes = [
+            f"{len(peft.pairs)} LoRA adapters of {adapter or src} merged into {checkpoint.path}"
+        ]
     config, remarks = infer_config(
         found.live,
         found.carried,

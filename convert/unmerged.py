@@ -114,8 +114,8 @@ def peft_config(*folders: Path) -> dict[str, Any]:
 
 def merged(
     live: Mapping[str, Tensor], dead: Mapping[str, Tensor], peft: Peft, config: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], str]:
-    """Tensors of a detector by official name with the adapters in them, and a sentence about it.
+) -> dict[str, Tensor]:
+    """Tensors of a detector by official name, with the adapters in them.
 
     The adapters may have the names of either layout. dead: tensors that reach no output, by official name;
     what stands for them is left out. Raises FileError that names adapters without a place.
@@ -126,14 +126,11 @@ def merged(
     saved = {with_text_model(name): tensor for name, tensor in bare(peft.saved).items()}
     unread = dead.keys() | to_huggingface(dead)[0].keys()
     saved = {name: tensor for name, tensor in saved.items() if name not in unread}
-    said = f"{len(pairs)} LoRA adapters merged" + (
-        f", {len(saved)} tensors replaced" if saved else ""
-    )
     if any(f"{layer}.weight" in live for layer in pairs):
-        return _apply(live, pairs, saved, config), said
+        return _apply(live, pairs, saved, config)
     translated, rest = to_huggingface(live)
     tuned = _apply(translated, pairs, saved, config)
-    return from_huggingface(tuned, rest.get(CLASS_POSITION))[0], said
+    return from_huggingface(tuned, rest.get(CLASS_POSITION))[0]
 
 
 def _apply(

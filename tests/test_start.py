@@ -158,9 +158,9 @@ def test_what_is_nowhere_is_named(name, sentence):
 
 
 def test_a_gated_repository_names_the_remedy(monkeypatch):
-    import httpx
     from huggingface_hub import HfApi, errors
 
+    httpx = pytest.importorskip("httpx", reason="how huggingface_hub speaks, from 1.0 on")
     request = httpx.Request("GET", "https://huggingface.co")
     for kind, sentence in (
         (errors.GatedRepoError, "accept its licence at https://huggingface.co/facebook/sam9"),
@@ -219,6 +219,13 @@ def test_an_array_or_a_vocabulary_that_is_gone_is_found(made, tmp_path):
     (tmp_path / "n" / "carried.safetensors").unlink()
     with pytest.raises(FileError, match=r"carried\.safetensors changed"):
         open_model_folder(tmp_path / "n")
+
+
+def test_a_model_folder_with_a_broken_config_is_known_as_one(made, tmp_path):
+    folder = shutil.copytree(made / "model", tmp_path / "m")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(FileError, match=r"arrays of a model folder whose config\.json"):
+        open_start(folder)
 
 
 def test_an_older_folder_without_checksums_is_said_once_and_read(made, tmp_path, capsys):
