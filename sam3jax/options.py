@@ -56,6 +56,12 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument(
         "--clicks", type=_clicks, metavar="N", help="clicks per object; default: the run's"
     )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings of evaluation, data and clicks that are to differ from the run's",
+    )
 
 
 def _predict(parser: Parser) -> None:

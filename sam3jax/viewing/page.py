@@ -3,7 +3,7 @@
 from jinja2 import Environment
 
 # The page may show inlined pictures and its own style, and run or load nothing, whatever stands in the data.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -42,6 +42,8 @@ figure { margin: 0; }
 .picture { margin-bottom: 16px; }
 .parts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); gap: 8px; max-width: 1180px; }
 .parts img { width: 100%; height: auto; display: block; border-radius: 4px; }
+.wide img, .wide video { max-width: 100%; height: auto; display: block; border-radius: 4px; margin: 12px 0; }
+.wide figure { overflow-x: auto; }
 pre { overflow-x: auto; background: var(--card); padding: 10px; border-radius: 8px; font-size: .8rem; }
 @media print { details { display: block; } nav { display: none; } }
 </style></head>

@@ -81,6 +81,7 @@ def _page_of(folder: Path, datasets: Mapping[str, Dataset] | None, damaged: Sequ
     sections = [
         ("Damage", _note(not_as_written(folder, damaged)) if damaged else ""),
         ("Results", _tiles(evaluation) + _base_against_tuned(evaluation)),
+        ("Demo", _demo(folder)),
         ("Categories", _categories(evaluation)),
         ("Curves", _curves(read_curves(folder / "metrics.jsonl"))),
         ("Pictures", _pictures(folder, evaluation, datasets.get("valid")) or _note(remark)),
@@ -234,6 +235,25 @@ def _categories(evaluation: Mapping[str, Any]) -> str:
     return _table(head, table) + _note(f"AP of {what}; precision, recall, F1 at IoU .5.")
 
 
+def _demo(folder: Path) -> str:
+    """What a demo measured on pictures or videos that it made itself, and what it drew of them."""
+    rows = read_json(folder / "demo.json", {}).get("results", {})
+    if not rows:
+        return ""
+    names = list(next(iter(rows.values())))
+    table = _table(["held out", *names], [[n, *map(_number, r.values())] for n, r in rows.items()])
+    shown = []
+    for film in sorted(folder.glob("demo*.mp4")):
+        source = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode("ascii")
+        shown.append(f'<video controls loop muted playsinline src="{source}"></video>')
+    for picture in sorted(folder.glob("demo*.png")):
+        with Image.open(picture) as image:
+            shown.append(
+                f'<figure><img loading="lazy" alt="{escape(picture.stem)}" src="{_jpeg(image)}"></figure>'
+            )
+    return f'{table}<div class="wide">{"".join(shown)}</div>'
+
+
 def _pictures(folder: Path, evaluation: Mapping[str, Any], dataset: Dataset | None) -> str:
     scored = evaluation.get("pictures", ())
     if dataset is None or not scored:
@@ -289,9 +309,12 @@ def _picture(
 
 
 def _inline(instances: Sequence[draw.Instance], image: Image.Image) -> str:
+    return _jpeg(draw.overlay(image, instances, smallest=480, largest=480))
+
+
+def _jpeg(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    drawn = draw.overlay(image, instances, smallest=480, largest=480)
-    drawn.save(buffer, "JPEG", quality=82, subsampling=0)
+    image.convert("RGB").save(buffer, "JPEG", quality=82, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
