@@ -213,7 +213,7 @@ def test_an_official_export_opened_with_sam3_answers_as_here(tmp_path, tuned, ki
     )
     detector = reference.detector(SIZE, seed=11)
     detector.load_state_dict(load(tmp_path / "o.pt"), strict=True)
-    e = reference.example(SIZE, seed=5, images=3, prompts=1, box_prompts=0)
+    e = reference.example(SIZE, seed=5, images=3, prompts=1, box_prompts=2)
     with small_vocabulary(detector):
         out, _ = reference.forward(detector, e, train=False)
         images, tokens, prompts = inputs(detector, e)
