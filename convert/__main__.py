@@ -55,11 +55,12 @@ def _torch_to_jax(o: argparse.Namespace) -> list[str]:
 def _jax_to_torch(o: argparse.Namespace) -> list[str]:
     _keep_apart(o.src, o.out)
     source = open_source(o.src)
+    compare = None if o.no_compare else o.compare
     if o.adapter:
-        return export_adapter(source, o.out, o.base, compare=o.compare, phrases=o.phrase)
+        return export_adapter(source, o.out, o.base, compare=compare, phrases=o.phrase)
     return export(
         source, o.out, layout=o.layout, dtype=o.dtype, prefix=o.prefix, detector_only=o.detector_only, base=o.base,
-        compare=o.compare, phrases=o.phrase,
+        compare=compare, phrases=o.phrase,
     )  # fmt: skip
 
 

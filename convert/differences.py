@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from convert.adapters import merge
@@ -15,8 +16,10 @@ from convert.huggingface_config import PROCESSOR_LENGTH
 from convert.layouts import FLOATS
 from convert.sources import Source
 from sam3jax.config import DESTINATIONS, ModelConfig
+from sam3jax.data.datasets import read_datasets
 from sam3jax.data.pictures import open_rgb
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.errors import UserError, remark
 from sam3jax.files import FileError
 from sam3jax.model import Sam3, draw_masks
 from sam3jax.types import Outputs, Prompts
@@ -24,6 +27,7 @@ from sam3jax.weights.tensor_file import DTYPES
 from sam3jax.weights.tree import unflatten
 
 PICTURES = 3  # at once, however many were given: a model at full size takes minutes on a CPU
+OWN, PHRASES = 2, 4  # pictures and phrases of a run that nobody chose
 FOUND = 0.5  # the score above which an object counts as found
 
 
@@ -57,10 +61,54 @@ def warnings(config: ModelConfig, layout: str) -> list[str]:
     ]
 
 
+def compared(
+    source: Source,
+    layout: str,
+    pictures: Sequence[Path] | None = (),
+    phrases: Sequence[str] = (),
+    dtype: str | None = None,
+) -> list[str]:
+    """The sentences of `warnings`, and of `measured` where there are pictures.
+
+    pictures: (): where answers will differ, some of the run's own data, if they are there; None: nothing is
+    measured. phrases, dtype: see `measured`.
+    """
+    config = source.folder.config
+    said = warnings(config, layout)
+    if pictures:
+        return said + measured(source, layout, pictures, phrases, dtype)
+    there = destination(config, layout).geometry_without_boxes
+    if pictures is None or config.geometry_without_boxes == there:
+        return said
+    asked = list(phrases or _learned(source))[:PHRASES]
+    if not asked or not (own := _own_pictures(source)):
+        return said
+    remark(
+        f"measuring on {len(own)} pictures of the run's data how answers differ; --no-compare leaves it out"
+    )
+    return said + measured(source, layout, own, asked, dtype)
+
+
+def _learned(source: Source) -> list[str]:
+    """The phrases that a run was validated on."""
+    return list(source.training.run.thresholds) if source.training else []
+
+
+def _own_pictures(source: Source) -> list[Image.Image]:
+    """Some pictures of a run's validation data, else of its training data; none where they are gone."""
+    if source.training is None:
+        return []
+    try:
+        train, valid = read_datasets(source.training.run.config)
+        return [record.open() for record in (valid or train).images[:OWN]]
+    except UserError:
+        return []
+
+
 def measured(
     source: Source,
     layout: str,
-    pictures: Sequence[Path],
+    pictures: Sequence[Path | Image.Image],
     phrases: Sequence[str] = (),
     dtype: str | None = None,
 ) -> list[str]:
@@ -69,7 +117,7 @@ def measured(
     phrases: what is asked; (): those of the run. dtype: of the export's floats; None: nothing is rounded.
     Raises FileError where there are no phrases.
     """
-    phrases = list(phrases or (source.training.run.thresholds if source.training else ()))
+    phrases = list(phrases or _learned(source))
     if not phrases or source.folder.tokenizer is None:
         raise FileError(
             "--compare needs phrases: give some with --phrase (those of a validated run are known)"
@@ -156,6 +204,7 @@ def _moved(first: np.ndarray, second: np.ndarray) -> float:
     return float(max(beyond(first, second), beyond(second, first)))
 
 
-def _picture(file: Path, size: int) -> np.ndarray:
+def _picture(picture: Path | Image.Image, size: int) -> np.ndarray:
     """[size, size, 3] uint8, squashed to the square."""
-    return np.asarray(open_rgb(file).resize((size, size)))
+    opened = picture if isinstance(picture, Image.Image) else open_rgb(picture)
+    return np.asarray(opened.resize((size, size)))

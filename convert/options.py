@@ -85,8 +85,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="PICTURE",
-        help="measure on these how answers differ where the export is opened",
+        help="measure on these how answers differ where the export is opened; default: where they will, on two of "
+        "the run's own",
     )
+    command.add_argument("--no-compare", action="store_true", help="measure nothing")
 
     command.add_argument(
         "--phrase",

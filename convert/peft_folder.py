@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from convert.adapters import Adapters, merge
-from convert.differences import measured, warnings
+from convert.differences import compared
 from convert.jax_to_torch import assemble
 from convert.model_card import CARD, base_name, model_card
 from convert.sources import Source
@@ -36,12 +36,12 @@ def export_adapter(
     out: str | Path,
     base: str | None = None,
     *,
-    compare: Sequence[Path] = (),
+    compare: Sequence[Path] | None = (),
     phrases: Sequence[str] = (),
 ) -> list[str]:
     """Write a run's adapters and what else it trained. Returns what a person should know, in sentences.
 
-    compare, phrases: pictures and questions on which the difference to transformers is measured.
+    compare, phrases: see `compared`: on what the difference to transformers is measured.
     Raises FileError where peft cannot hold all of it.
     """
     training, config = source.training, source.folder.config
@@ -65,9 +65,7 @@ def export_adapter(
     name = base_name(source, base)
     card = model_card(source, base, adapter=True)
     lines = write_adapter(out, source.adapters, config, name, saved, card)
-    lines += warnings(config, "huggingface")
-    if compare:
-        lines += measured(source, "huggingface", compare, phrases)
+    lines += compared(source, "huggingface", compare, phrases)
     if not base:
         lines.append(f"base: {name}; --base names it as others find it, for example facebook/sam3")
     return lines

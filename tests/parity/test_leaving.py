@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.spatial.distance import directed_hausdorff
 
 from convert.__main__ import main
-from convert.differences import destination, measured
+from convert.differences import compared, destination, measured
 from convert.model_card import model_card
 from convert.sources import open_source
 from sam3jax.config import load_config
@@ -26,6 +26,7 @@ from sam3jax.weights.start import model_folder
 from tests import torch_reference as reference
 from tests.bridge import inputs
 from tests.bridge import published as as_published
+from tests.coco_folders import annotation, write
 from tests.parity.test_convert import load, run, run_folder, small_vocabulary
 from tests.parity.test_huggingface import close, compiled, example, ours, theirs
 
@@ -248,6 +249,11 @@ def test_an_export_says_where_answers_will_differ(tmp_path, tuned, capsys, kind,
     assert warned is None or warned in said
 
 
+def write_data(folder):
+    write(folder / "train", [annotation(1, 0, 1, (5, 5, 20, 20))], images=1)
+    return folder
+
+
 def test_the_difference_is_measured_on_pictures(tmp_path, tuned):
     """What is said of the scores is what the two models of transformers and of ours give."""
     path, variables = tuned["LoRA"]
@@ -267,7 +273,7 @@ def test_the_difference_is_measured_on_pictures(tmp_path, tuned):
         sigmoid = lambda x: 1 / (1 + np.exp(-x))
         presence = sigmoid(np.ravel(out["presence_logit_dec"])[-1])
         scores.append(sigmoid(np.ravel(out["pred_logits"])) * presence)
-        small = torch.from_numpy(out["pred_masks"].reshape(1, -1, *out["pred_masks"].shape[-2:]))
+        small = torch.tensor(out["pred_masks"].reshape(1, -1, *out["pred_masks"].shape[-2:]))
         large = torch.nn.functional.interpolate(small, (112, 112), mode="bilinear")[0].numpy()
         masks.append(large > 0)
     assert f"differ by up to {np.abs(scores[0] - scores[1]).max():.2g}" in said
@@ -279,6 +285,13 @@ def test_the_difference_is_measured_on_pictures(tmp_path, tuned):
     ]
     assert f"edges of {len(asked)} masks differ by up to {max(edges):.3g} pixels of 112" in said
     assert max(edges) > 0
+    # Without pictures some of the run's own are taken, where they are there and answers will differ.
+    data = found.config.data.model_copy(update={"train": str(write_data(tmp_path / "data"))})
+    own = dataclasses.replace(found, config=found.config.model_copy(update={"data": data}))
+    own = dataclasses.replace(source, training=dataclasses.replace(source.training, run=own))
+    assert "measured on 1 pictures, 1 phrases" in compared(own, "huggingface")[-1]
+    for other, layout, pictures in ((own, "huggingface", None), (own, "official", ()), (source, "huggingface", ())):  # fmt: skip
+        assert not [line for line in compared(other, layout, pictures) if "measured on" in line]
     # With nothing between the two programs nothing differs; what an export rounds away is in the measure.
     [said] = measured(source, "official", [tmp_path / "p.png"], ["a"])
     assert "single scores differ by up to 0; edges of" in said
