@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,8 @@ from sam3jax.weights.tensor_file import DTYPES
 from sam3jax.weights.tree import unflatten
 
 PICTURES = 3  # at once, however many were given: a model at full size takes minutes on a CPU
-OWN, PHRASES = 2, 4  # pictures and phrases of a run that nobody chose
+PHRASES = 4  # at once; and as many of a run's own where nobody chose
+OWN = 2  # pictures of a run that nobody chose
 FOUND = 0.5  # the score above which an object counts as found
 
 
@@ -123,21 +125,29 @@ def measured(
             "--compare needs phrases: give some with --phrase (those of a validated run are known)"
         )
     config = source.folder.config
+    models = config, destination(config, layout)
     leaves = merge(source.folder.leaves, source.adapters)
     flat = {path: np.asarray(t.read(), np.float32) for path, t in leaves.items()}
+    variables = [{"params": unflatten(flat)}] * 2
+    if dtype not in (None, "float32"):
+        narrow = DTYPES[FLOATS[dtype]]
+        rounded = {path: x.astype(narrow).astype(np.float32) for path, x in flat.items()}
+        variables[1] = {"params": unflatten(rounded)}
     tokens = Tokenizer(source.folder.tokenizer, config.text_length)(phrases)
     images = [_picture(file, config.image_size) for file in pictures[:PICTURES]]
-    here = _answers(config, flat, images, tokens)
-    narrow = DTYPES[FLOATS[dtype or "float32"]]
-    flat = {path: x.astype(narrow).astype(np.float32) for path, x in flat.items()}
-    there = _answers(destination(config, layout), flat, images, tokens)
-    first, second = (np.concatenate([scores for scores, _ in answers]) for answers in (here, there))
-    moved = [
-        _moved(*masks)
-        for (scores, draw), (others, draw_there) in zip(here, there, strict=True)
-        for pair, query in _asked(scores, others)
-        for masks in [(draw(pair, query), draw_there(pair, query))]
-    ]
+    scores: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    moved: list[float] = []
+    for image in images:
+        for rows in _chunks(tokens):  # what a phrase leaves in memory is 85 MB at full size
+            answers = [_ask(c, v, image, rows) for c, v in zip(models, variables, strict=True)]
+            here, there = (np.asarray(_scores(out)) for out in answers)
+            scores[0].append(here)
+            scores[1].append(there)
+            for pair, query in _asked(here, there):
+                moved.append(
+                    _moved(*(_mask(out, pair, query, config.image_size) for out in answers))
+                )
+    first, second = (np.concatenate(found) for found in scores)
     gone = sum(np.isinf(moved))
     edges = max((x for x in moved if np.isfinite(x)), default=0.0)
     return [
@@ -148,16 +158,14 @@ def measured(
     ]
 
 
-# [P, Q] scores, and the mask of pair p and query q: [size, size] bool.
-Answers = tuple[np.ndarray, Callable[[int, int], np.ndarray]]
+def _chunks(tokens: np.ndarray) -> list[np.ndarray]:
+    """A few phrases at a time: rows [P, N] of at most two different P."""
+    return [tokens[i : i + PHRASES] for i in range(0, len(tokens), PHRASES)]
 
 
-def _answers(
-    config: ModelConfig, flat: Mapping[tuple[str, ...], np.ndarray], images: Sequence[np.ndarray], tokens: np.ndarray
-) -> list[Answers]:  # fmt: skip
-    """What the model answers to each phrase on each picture."""
-    variables = {"params": unflatten(flat)}
-    count, size = len(tokens), config.image_size
+def _ask(config: ModelConfig, variables: Any, image: np.ndarray, tokens: np.ndarray) -> Outputs:
+    """What the model answers to each of P phrases on one picture."""
+    count = len(tokens)
     prompts = Prompts(
         text_id=np.arange(count, dtype=np.int32)[None],
         valid=np.ones((1, count), bool),
@@ -165,25 +173,25 @@ def _answers(
         box_labels=np.zeros((1, count, 1), np.int32),
         box_valid=np.zeros((1, count, 1), bool),
     )
-
-    def answer(image: np.ndarray) -> Answers:
-        out = _compiled(config)(variables, image[None], tokens, prompts)
-        presence = jax.nn.sigmoid(out.presence_logits[-1])[:, None]
-        scores = np.asarray(jax.nn.sigmoid(out.o2o.logits[-1]) * presence)
-
-        def draw(pair: int, query: int) -> np.ndarray:
-            embed = out.o2o.mask_embed[pair, query][None, None]
-            logits = draw_masks(embed, out.pixel_embed[pair][None])[0, 0]
-            return np.asarray(jax.image.resize(logits, (size, size), "linear") > 0)
-
-        return scores, draw
-
-    return [answer(image) for image in images]
+    return _compiled(config)(variables, image[None], tokens, prompts)
 
 
 @functools.cache
 def _compiled(config: ModelConfig) -> Callable[..., Outputs]:
     return jax.jit(Sam3(config).apply)
+
+
+def _scores(out: Outputs) -> jax.Array:
+    """[P, Q], as predictions have them."""
+    presence = jax.nn.sigmoid(out.presence_logits[-1])[:, None]
+    return jax.nn.sigmoid(out.o2o.logits[-1]) * presence
+
+
+def _mask(out: Outputs, pair: int, query: int, size: int) -> np.ndarray:
+    """[size, size] bool."""
+    embed = out.o2o.mask_embed[pair, query][None, None]
+    logits = draw_masks(embed, out.pixel_embed[pair][None])[0, 0]
+    return np.asarray(jax.image.resize(logits, (size, size), "linear") > 0)
 
 
 def _asked(here: np.ndarray, there: np.ndarray) -> list[tuple[int, int]]:
