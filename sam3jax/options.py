@@ -41,6 +41,9 @@ def _train(parser: Parser) -> None:
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
     hosts.add_argument("--num-processes", type=int)
     hosts.add_argument("--process-id", type=int, help="0, 1, ...")
+    hosts.add_argument(
+        "--wait", type=_seconds, default=240, metavar="SECONDS", help="for the others; default 240"
+    )
 
 
 def _evaluate(parser: Parser) -> None:
@@ -88,6 +91,11 @@ def _predict(parser: Parser) -> None:
     )
     parser.add_argument(
         "--threshold", type=_score, metavar="SCORE", help="score; default: the run's, per phrase"
+    )
+    parser.add_argument(
+        "--tile",
+        action="store_true",
+        help="large pictures in overlapping parts of the model's size, instead of squashed to it",
     )
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
@@ -259,6 +267,16 @@ def _score(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a score from 0 to 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
     return value
 
 

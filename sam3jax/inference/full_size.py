@@ -151,7 +151,7 @@ def _enlarge_chunk(
         last = bits[:, -1]
         for k, edge in enumerate(edges):
             changes[k].append(np.flatnonzero(edge) + start * height)
-    return [_rle(np.concatenate(parts) if parts else np.zeros(0, int), height, width)
+    return [rle_of_changes(np.concatenate(parts) if parts else np.zeros(0, int), height, width)
             for parts in changes]  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def _bucket(size: int) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
-def _rle(changes: np.ndarray, height: int, width: int) -> dict[str, Any]:
+def rle_of_changes(changes: np.ndarray, height: int, width: int) -> dict[str, Any]:
     """Compressed RLE of a mask that starts with 0 and changes at these column-major positions."""
     bounds = np.concatenate([[0], changes, [height * width]])
     counts = np.diff(bounds)
