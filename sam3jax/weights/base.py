@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3jax.checksums import of_array
+from sam3jax.checksums import of_array, of_bytes
 from sam3jax.config import Config, ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.model.init import init_params
@@ -35,7 +35,7 @@ AT_RUN_TIME = {
 
 @dataclass(frozen=True)
 class Weights:
-    """params: float32 arrays, adapters folded in. fingerprint: equal where all weights are equal."""
+    """params: float32 arrays, adapters folded in. fingerprint: ARRAYS-VOCABULARY, see `same_base`."""
 
     params: Tree
     fingerprint: str
@@ -66,7 +66,8 @@ def open_base(config: Config) -> Base:
     def load() -> Weights:
         params = load_params(folder, np.float32, scope_of(config).parts)
         refuse_not_finite(params, path)
-        return Weights(params, fingerprint(params))
+        text = (folder.tokenizer or "").encode()
+        return Weights(params, f"{fingerprint(params)}-{of_bytes(text)}")
 
     return Base(_with_sizes(config, folder.config, path), tokenizer, load)
 
@@ -109,7 +110,9 @@ def _run(config: Config, path: Path) -> Base:
         params = {root: params[root] for root in params if root in wanted}
         refuse_not_finite(params, path)
         # Not of the merged weights: their last bits depend on the machine that merges.
-        return Weights(params, fingerprint(jax.device_get(run.trained), run.base_fingerprint))
+        arrays, dash, words = run.base_fingerprint.partition("-")
+        own = fingerprint(jax.device_get(run.trained), arrays)
+        return Weights(params, f"{own}{dash}{words}")
 
     return Base(_with_sizes(config, below.config.model, path), below.tokenizer, load)
 
@@ -125,6 +128,14 @@ def fingerprint(tree: Tree, behind: str = "") -> str:
         text = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} {of_array(array)}"
         digest.update(text.encode())
     return digest.hexdigest()[:32]
+
+
+def same_base(began: str, found: str) -> bool:
+    """Whether two fingerprints are of the same arrays and the same vocabulary.
+
+    The first one may be of a version that noted the arrays alone.
+    """
+    return began in (found, found.partition("-")[0])
 
 
 def refuse_not_finite(params: Tree, path: str | Path) -> None:
