@@ -235,5 +235,10 @@ def test_an_older_folder_without_checksums_is_said_once_and_read(made, tmp_path,
     (folder / "config.json").write_text(json.dumps(content))
     open_base(load_config(None, [f"init={folder}"])).load()
     assert capsys.readouterr().err.count("carries no checksums") == 1
+    for text in ("", "{}", "[1]", (folder / "tokenizer.json").read_text()[:5000]):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(FileError, match=r"m/tokenizer\.json holds no vocabulary"):
+            load_model_folder(folder)
+    capsys.readouterr()
     open_base(load_config(None, [f"init={made / 'model'}"])).load()
     assert "checksums" not in capsys.readouterr().err

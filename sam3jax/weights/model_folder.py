@@ -193,7 +193,12 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
             f"{folder.path} has no {TOKENIZER}: convert again with --tokenizer FILE (CLIP's tokenizer.json or "
             "bpe_simple_vocab_16e6.txt.gz)"
         )
-    tokenizer = Tokenizer(folder.tokenizer, folder.config.text_length)
+    try:
+        tokenizer = Tokenizer(json.loads(folder.tokenizer), folder.config.text_length)
+    except (ValueError, TypeError) as error:
+        raise FileError(
+            f"{folder.path / TOKENIZER} holds no vocabulary ({error}): put it back, or convert the checkpoint again"
+        ) from error
     if tokenizer.vocab_size > folder.config.vocab_size:
         raise FileError(
             f"{folder.path}: the vocabulary has {tokenizer.vocab_size} tokens, the text tower {folder.config.vocab_size}"
