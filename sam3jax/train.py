@@ -44,6 +44,7 @@ from sam3jax.training.state import init_state, restore, save
 from sam3jax.training.step import make_train_step
 from sam3jax.training.summary import finish, finished
 from sam3jax.training.timing import peak_memory
+from sam3jax.training.trackers import check_trackers
 from sam3jax.training.validation import Validation
 from sam3jax.weights.base import open_base
 from sam3jax.weights.checkpoints import Checkpoints
@@ -60,6 +61,7 @@ def train(
     run, saved as far as it was. Raises ConfigError, DataError, FileError: a setting, the data or a file is
     not right. Nothing is written before all of them are read.
     """
+    check_trackers(config.trackers)
     base = open_base(config)
     config, mesh = base.config, make_mesh()
     task = TASKS[config.task](config, backend_of(mesh))
@@ -94,14 +96,11 @@ def train(
         if (known := checkpoints.validation(first)) is not None:
             patience.add(known["score"])
         validated = known is not None
-        log = RunLog(run, first, config.steps, validated=validated, write=chief)
+        log = RunLog(run, first, config, id=folder.id or "", validated=validated, write=chief)
         ending.enter_context(closing(loader))
         ending.enter_context(closing(log))
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
-        for line in task.describe(data):
-            log.say(line)
-        if (warning := schedule_warning(config.optim, config.steps)) is not None:
-            log.say(warning)
+        log.say(*task.describe(data), schedule_warning(config.optim, config.steps))
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
         frozen = put_replicated(compact(frozen, config.model, backend_of(mesh)), mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)
@@ -161,6 +160,7 @@ def train(
             "step_seconds_median": steps.timer.median(), "peak_memory_gb": peak_memory(),
             "base": before, "final": last.get("metrics"), "best": best.get("metrics"),
         }  # fmt: skip
+        log.finish(last.get("metrics") or {})
         if chief:
             finish(run, summary)
         log.say(f"done: {run / 'report.html'}")

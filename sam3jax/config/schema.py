@@ -148,6 +148,11 @@ class Config(Section):
         le=1000,
         description="First training batches that are drawn into batches/, as the model sees them. 0: none.",
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        strict=False,
+        description="Where curves and panels go beside metrics.jsonl. wandb and mlflow are packages to install.",
+    )
     keep: int = Field(
         default=2, ge=1, le=1_000_000, description="Newest checkpoints kept, beside the best one."
     )

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sam3jax.checksums import changed, forget
 from sam3jax.config import Config
 from sam3jax.files import write_text
-from sam3jax.training.board import Board
 from sam3jax.training.optim import learning_rate
 from sam3jax.training.timing import Timer, peak_memory
+from sam3jax.training.trackers import About, Trackers, flat
 
 Hook = Callable[[int, Mapping[str, float]], Any]  # called with a step and its metrics
 
@@ -33,13 +33,20 @@ def nothing(step: int, metrics: Mapping[str, float]) -> None:
 class RunLog:
     """The log of a run that continues at `step`. Lines after `step` are removed; those steps run again.
 
-    validated: whether the validation of `step` is done; if not, its line is removed too.
+    id: the run's identity, for trackers. validated: whether the validation of `step` is done; if not, its line is removed too.
     Every line of metrics.jsonl is one object: step, split, and values by name; a value that is not
     finite is null.
     """
 
     def __init__(
-        self, run: Path, step: int, total: int, *, validated: bool = True, write: bool = True
+        self,
+        run: Path,
+        step: int,
+        config: Config,
+        *,
+        id: str = "",
+        validated: bool = True,
+        write: bool = True,
     ) -> None:
         self._run, self._write = run, write
         self._console = Console(stderr=True)
@@ -51,10 +58,10 @@ class RunLog:
         quiet = not (write and sys.stderr.isatty())
         self._bar = Progress(*columns, console=self._console, disable=quiet)
         self._plain = write and quiet
-        self._task = self._bar.add_task("train", total=total, completed=step, loss="-", rate="-", speed="-", left="")  # fmt: skip
+        self._task = self._bar.add_task("train", total=config.steps, completed=step, loss="-", rate="-", speed="-", left="")  # fmt: skip
         if not write:
             return
-        self._total = total
+        self._total = config.steps
         file = run / "metrics.jsonl"
         kept = []
         if file.is_file():
@@ -69,12 +76,13 @@ class RunLog:
             ]
             write_text(file, "".join(f"{line}\n" for line in kept))
         self._file = file.open("a")
-        self._board = Board(run / "tensorboard", step, self.say)
+        about = About(run, id, step, dict(flat(config.model_dump(mode="json"))))
+        self._trackers = Trackers(config.trackers, about, self.say)
         self._bar.start()
 
-    def say(self, line: str) -> None:
-        """One line for people."""
-        if self._write:
+    def say(self, *lines: str | None) -> None:
+        """Lines for people; None is no line."""
+        for line in filter(None, lines if self._write else ()):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
@@ -108,10 +116,22 @@ class RunLog:
                 f"{f['speed']} images/s{f['left'] and ', ' + f['left']}"
             )
 
+    def base(self, values: Mapping[str, float]) -> None:
+        """Metrics of the model that the run starts from: step 0 of the curves of trackers."""
+        self.say(f"base: {summary_line(values)}")
+        if self._write:
+            for name, value in values.items():
+                self._trackers.scalar(f"valid/{name}", float(value), 0)
+
     def valid(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a validation."""
         self._line(step, "valid", values)
         self.say(f"step {step} validation: {summary_line(values)}")
+
+    def finish(self, values: Mapping[str, float]) -> None:
+        """The metrics of the run's last validation, for trackers that compare runs."""
+        if self._write:
+            self._trackers.finish(values)
 
     def picture(self, step: int, name: str, picture: Any, folder: Path) -> None:
         """A panel: PNG in the run folder and image in TensorBoard."""
@@ -121,21 +141,21 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{name}.png")
-        self._board.image(name, np.asarray(picture), step)
+        self._trackers.image(name, np.asarray(picture), step)
 
     def flush(self) -> None:
         """Onto the disk, before a checkpoint: a run that continues behind it misses no line."""
         if self._write:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._board.flush()
+            self._trackers.flush()
 
     def close(self) -> None:
         """Flush everything."""
         self._bar.stop()
         if self._write:
             self._file.close()
-            self._board.close()
+            self._trackers.close()
 
     def _line(self, step: int, split: str, values: Mapping[str, float]) -> None:
         if not self._write:
@@ -146,7 +166,7 @@ class RunLog:
         self._file.flush()
         for name, value in numbers.items():
             if np.isfinite(value):
-                self._board.scalar(f"{split}/{name}", value, step)
+                self._trackers.scalar(f"{split}/{name}", value, step)
 
 
 def _fields(values: Mapping[str, float]) -> dict[str, Any]:

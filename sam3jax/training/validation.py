@@ -12,7 +12,7 @@ import jax
 from sam3jax.config import Config, ConfigError
 from sam3jax.tasks import Validated
 from sam3jax.training.length import Patience
-from sam3jax.training.log import Hook, RunLog, nothing, summary_line
+from sam3jax.training.log import Hook, RunLog, nothing
 from sam3jax.training.state import TrainState
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.trainable import merge
@@ -48,7 +48,7 @@ class Validation:
         """Metrics of the model that the run starts from, `trainable` as before the first step. Raises ConfigError for an unknown best_metric."""
         with self._log.busy("validating the model that the run starts from"):
             self._before = self._ask(merge(trainable, frozen), prepared)
-        self._log.say(f"base: {summary_line(self._before.metrics)}")
+        self._log.base(self._before.metrics)
         self._judged(self._before.metrics)
         return self._before.metrics
 
