@@ -14,6 +14,7 @@ from sam3jax.tasks import Validated
 from sam3jax.training.length import Patience
 from sam3jax.training.log import Hook, RunLog, nothing
 from sam3jax.training.state import TrainState
+from sam3jax.viewing.meanings import less_is_better
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.trainable import merge
 from sam3jax.weights.tree import Tree
@@ -82,8 +83,3 @@ class Validation:
         raise ConfigError(
             f"best_metric {wanted!r} is not measured on the validation data; there are {', '.join(metrics)}"
         )
-
-
-def less_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric is the better one: losses, errors and false alarms."""
-    return any(word in metric for word in ("loss", "error", "false_alarm", "NoC"))
