@@ -72,7 +72,9 @@ def _predict(parser: Parser) -> None:
     parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
-    source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
+    source.add_argument(
+        "--model", help="not a run: a model folder, a checkpoint, or a hub id such as facebook/sam3"
+    )
     parser.add_argument("--base", action="store_true", help="the model that the run started from")
     parser.add_argument(
         "--phrase",
