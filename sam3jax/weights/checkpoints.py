@@ -18,7 +18,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -264,15 +263,15 @@ def _without_stragglers() -> Iterator[None]:
 
     The last of them come late, so after an error their traces stay hidden.
     """
-    before = sys.excepthook
+    before = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (kind is RuntimeError and "loop is closed" in str(error)):
-            before(kind, error, trace)
+    def hook(trouble: sys.UnraisableHookArgs) -> None:
+        if "Event loop is closed" not in str(trouble.exc_value):
+            before(trouble)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
     yield
-    sys.excepthook = before
+    sys.unraisablehook = before
 
 
 def _standard(abstract: Any) -> Any:
