@@ -263,6 +263,8 @@ def _without_stragglers() -> Iterator[None]:
 
     The last of them come late, so after an error their traces stay hidden.
     """
+    asyncio = logging.getLogger("asyncio")
+    asyncio.addFilter(_was_awaited)
     before = sys.unraisablehook
 
     def hook(trouble: sys.UnraisableHookArgs) -> None:
@@ -272,6 +274,11 @@ def _without_stragglers() -> Iterator[None]:
     sys.unraisablehook = hook
     yield
     sys.unraisablehook = before
+    asyncio.removeFilter(_was_awaited)
+
+
+def _was_awaited(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _standard(abstract: Any) -> Any:
