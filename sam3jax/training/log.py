@@ -60,6 +60,8 @@ class RunLog:
                 if _is_kept(line, last)
             ]
             write_text(file, "".join(f"{line}\n" for line in kept))
+        elif step:
+            self.say(f"note: {file} is gone: its curves begin again behind step {step}")
         self._file = file.open("a")
         self._board = Board(run / "tensorboard", step, self.say)
         self._bar.start()

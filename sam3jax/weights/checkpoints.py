@@ -85,6 +85,7 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int | None = None) -> None:
         # Opening to read makes orbax warn that it will not write.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("asyncio").addFilter(_was_awaited)
         self._run, self._folder, self._keep = run, (run / CHECKPOINTS).absolute(), keep
         self._manager: ocp.CheckpointManager | None = None
         self._validations: dict[int, dict[str, Any]] = {}
@@ -263,8 +264,6 @@ def _without_stragglers() -> Iterator[None]:
 
     The last of them come late, so after an error their traces stay hidden.
     """
-    asyncio = logging.getLogger("asyncio")
-    asyncio.addFilter(_was_awaited)
     before = sys.unraisablehook
 
     def hook(trouble: sys.UnraisableHookArgs) -> None:
@@ -274,10 +273,10 @@ def _without_stragglers() -> Iterator[None]:
     sys.unraisablehook = hook
     yield
     sys.unraisablehook = before
-    asyncio.removeFilter(_was_awaited)
 
 
 def _was_awaited(record: logging.LogRecord) -> bool:
+    """Of several reads that fail, orbax awaits one; the others are logged when they are collected."""
     return "exception was never retrieved" not in record.getMessage()
 
 
