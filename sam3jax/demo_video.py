@@ -48,7 +48,8 @@ def demo_video(config_file: str, overrides: Sequence[str] = ()) -> dict[str, Any
         "tuned": VideoPredictor(run.model, run.variables, run.tokenizer, run.config.evaluation, run.thresholds),
     }  # fmt: skip
     results = {n: measure(run, videos, p, base=n == "base") for n, p in asked.items()}
-    for number, video in enumerate(videos.videos[:DRAWN]):
+    fullest = sorted(videos.videos, key=lambda v: -len(v.objects()))
+    for number, video in enumerate(fullest[:DRAWN]):
         phrases = phrases_in(video, videos)
         found = {f.number: f for f in asked["tuned"].objects(video.frames, phrases)}
         draw_video(run.path / f"demo_{number}", video, videos, found)

@@ -101,6 +101,13 @@ def _predict(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=EXPORTS,
+        help="finds in this format too; may be repeated",
+    )
     clicks = parser.add_argument_group("clicks")
     clicks.add_argument(
         "--points", action="append", nargs="+", default=[], type=_point, metavar="X,Y,LABEL",
@@ -181,6 +188,7 @@ def _list_settings(parser: Parser) -> None:
 
 DEMO = "configs/demo.yaml"
 CLIPS_DEMO = "configs/clips.yaml"
+EXPORTS = ("yolo", "labelstudio", "cvat")  # sam3jax.data.exporters
 IMPORTS = ("yolo", "voc", "labelme", "cvat", "masks", "huggingface")  # sam3jax.data.importers
 PARSERS: dict[str, Callable[[Parser], None]] = {
     "train": _train,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam3jax.data.exporters import WRITTEN, export
 from sam3jax.data.folders import PICTURES, is_hidden, is_picture
 from sam3jax.data.names import phrase_key
 from sam3jax.data.pictures import DataError, Reading, open_rgb, read_header
@@ -35,7 +37,7 @@ from sam3jax.predict_video import predict_videos, video_folders, wants_video
 from sam3jax.training.mesh import local_mesh
 from sam3jax.video.chunks import ChunkOptions
 from sam3jax.viewing.predictor import Predictor, PromptError
-from sam3jax.viewing.results import Record, check_results, clear_stale
+from sam3jax.viewing.results import PREDICTIONS, Record, check_results, clear_stale
 
 __all__ = ["Detections", "Predictor", "PromptError", "find_pictures", "main"]
 
@@ -95,7 +97,12 @@ def _run(options: argparse.Namespace) -> int:
     paths = [Path(f) for f in files]
     names = {} if film or options.no_overlay else _overlay_names(paths)
     folders = video_folders(paths) if film else ()
-    check_results(options.output, [*names.values(), *folders], paths)
+    if film and options.format:
+        raise PromptError(
+            "--format is for pictures; a video's folder holds YT-VIS, COCO and palette PNG"
+        )
+    exported = [WRITTEN[kind] for kind in options.format]
+    check_results(options.output, [*names.values(), *folders, *exported], paths)
     predictor = (
         Predictor.from_model_folder(options.model, mesh=local_mesh())
         if options.model
@@ -112,6 +119,9 @@ def _run(options: argparse.Namespace) -> int:
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")
+    for kind in dict.fromkeys(options.format):
+        found = json.loads((output / PREDICTIONS).read_text())
+        print(f"as {kind}: {export(found, kind, output)}")
     if failed:
         print(f"error: {failed} of {len(files)} pictures failed, see above", file=sys.stderr)
     return 1 if failed else 0
@@ -158,7 +168,8 @@ def predict_files(
     ask = dict(boxes=options.box, negative_boxes=options.negative_box, threshold=options.threshold)
     tile = predictor.size if options.tile else None
     squashed, failed = Squashed(predictor.size), 0
-    with Record(output, names.values(), [p or VISUAL for p in phrases]) as record:
+    written = [*names.values(), *(WRITTEN[kind] for kind in options.format)]
+    with Record(output, written, [p or VISUAL for p in phrases]) as record:
         for group in _groups(_read_ahead(files, predictor.reading), predictor.at_once):
             for number, file, picture, found in _find(predictor, group, phrases, ask, tile):
                 if isinstance(found, ValueError):

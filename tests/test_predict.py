@@ -352,3 +352,33 @@ def test_a_call_replaces_the_overlays_of_the_one_before_and_no_picture(command, 
     assert sorted(f.name for f in output.iterdir()) == ["a.png", "mine.png", "predictions.json"]
     assert command(output / "a.png", "--no-overlay", *words) == 0  # an overlay as an input
     assert sorted(f.name for f in output.iterdir()) == ["a.png", "mine.png", "predictions.json"]
+
+
+def test_finds_are_written_for_other_tools_and_replaced_by_the_next_call(command, tmp_path, capsys):
+    for name in ("one", "two"):
+        Image.fromarray(photograph(61, 45)).save(tmp_path / f"{name}.png")
+    out = tmp_path / "out"
+    words = ["--phrase", "red circle", "--format", "yolo", "--format", "cvat", "--output", out]
+    assert command(tmp_path / "one.png", tmp_path / "two.png", *words) == 0
+    labels = out / "yolo" / "labels"
+    assert sorted(f.name for f in labels.iterdir()) == ["one.txt", "two.txt"]
+    found = json.loads((out / "predictions.json").read_text())["annotations"]
+    assert (out / "cvat.xml").read_text().count("<mask ") == sum(a["area"] > 0 for a in found)
+    assert command(tmp_path / "one.png", *words) == 0
+    assert [f.name for f in labels.iterdir()] == ["one.txt"]
+    capsys.readouterr()
+    other = tmp_path / "other"
+    (other / "yolo").mkdir(parents=True)  # the user's own
+    assert command(tmp_path / "one.png", *words[:-1], other) == 2
+    assert "was there before" in capsys.readouterr().err
+
+
+def test_detections_as_supervision_has_them(predictor):
+    pytest.importorskip("supervision", reason="an optional extra")
+    predictor.set_image(photograph(61, 45))
+    found = predictor.predict("red circle")
+    theirs = found.to_supervision("red circle", 3)
+    assert len(theirs) == len(found)
+    assert theirs.mask.shape == (len(found), 45, 61)
+    assert set(theirs.class_id) <= {3}
+    assert set(theirs["class_name"]) <= {"red circle"}

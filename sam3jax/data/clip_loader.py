@@ -86,7 +86,7 @@ def make_clip_loader(
         for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield clip_batch(arrays, tokens)
 
-    return TrainLoader(stream, config.batch_size, identity)
+    return TrainLoader(stream, config.batch_size, identity, len(dataset.videos) * sampling.frames)
 
 
 def clip_arrays(

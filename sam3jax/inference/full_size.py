@@ -6,6 +6,7 @@ One path for validation, `evaluate` and `predict`.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,20 @@ class Detections:
                 }
             )
         return results
+
+    def to_supervision(self, phrase: str, class_id: int = 0) -> Any:
+        """The same as `supervision.Detections`, with masks and the phrase as `class_name`.
+
+        Raises ImportError where the package `supervision` is not installed.
+        """
+        supervision = importlib.import_module("supervision")  # an optional extra
+        return supervision.Detections(
+            xyxy=np.asarray(self.boxes_xyxy, np.float32).reshape(-1, 4),
+            mask=self.decode_masks(),
+            confidence=np.asarray(self.scores, np.float32),
+            class_id=np.full(len(self), class_id),
+            data={"class_name": np.full(len(self), phrase)},
+        )
 
 
 def fetch(candidates: Candidates, floor: float) -> Candidates:

@@ -29,11 +29,14 @@ a { color: var(--link); }
 .tiles div { background: var(--card); border-radius: 8px; padding: 10px 12px; }
 .tiles span { display: block; font-size: .8rem; color: var(--soft); }
 .tiles b { font-size: 1.5rem; margin-right: .4rem; font-variant-numeric: tabular-nums; }
-.table { overflow-x: auto; }
+.table { overflow-x: auto; /* a shadow on the side where there is more to see */
+  background: linear-gradient(to left, var(--page) 30%, transparent) right / 48px 100% no-repeat local,
+    linear-gradient(to left, var(--line), transparent) right / 14px 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 th { color: var(--soft); font-weight: 500; }
+td:has(.words) { text-align: left; } .words { display: inline-block; white-space: normal; min-width: 16rem; color: var(--soft); }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 12px; }
 figure { margin: 0; }

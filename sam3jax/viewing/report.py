@@ -29,7 +29,9 @@ from sam3jax.data.pictures import DataError
 from sam3jax.data.video_sets import open_frames
 from sam3jax.errors import UserError
 from sam3jax.files import write_text
-from sam3jax.viewing import draw
+from sam3jax.viewing import diagnosis, draw
+from sam3jax.viewing.charts import curves
+from sam3jax.viewing.meanings import MEANINGS, by_importance, less_is_better
 from sam3jax.viewing.page import page
 from sam3jax.viewing.run_files import by_picture, damage, not_as_written, read_json
 
@@ -83,6 +85,11 @@ def _page_of(folder: Path, datasets: Mapping[str, Dataset] | None, damaged: Sequ
         ("Results", _tiles(evaluation) + _base_against_tuned(evaluation)),
         ("Demo", _demo(folder)),
         ("Categories", _categories(evaluation)),
+        ("Phrases", diagnosis.phrases(evaluation.get("diagnosis", {}), _table)),
+        (
+            "Labels",
+            diagnosis.labels(evaluation.get("diagnosis", {}), datasets.get("valid"), _inline),
+        ),
         ("Curves", _curves(read_curves(folder / "metrics.jsonl"))),
         ("Pictures", _pictures(folder, evaluation, datasets.get("valid")) or _note(remark)),
         ("Data", _data(datasets) or _note(remark)),
@@ -173,7 +180,7 @@ def _curves(charts: Mapping[str, Series]) -> str:
             title = chart if not part else f"{chart} ({part + 1})"
             if len(lines) == 1 and next(iter(lines)) != title:
                 title = f"{title}: {next(iter(lines))}"
-            svg = draw.curves(lines, title=title, logarithmic=wide)
+            svg = curves(lines, title=title, logarithmic=wide)
             drawn[chart in _FIRST].append(f'<figure class="chart">{svg}</figure>')
     if not charts:
         return ""
@@ -204,16 +211,15 @@ def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
     if not metrics:
         return ""
     rows = []
-    for name, value in metrics.items():
-        row = [name, _number(value)]
+    for name in by_importance(list(metrics)):
+        row = [name, _number(metrics[name])]
         if base:
             row[1:1] = [_number(base.get(name))]
-            row.append(_change(base.get(name), value, worse_is_more="false" in name))
-        rows.append(row)
-    head = (
-        ["metric", "base", "tuned", "change"] if base else ["metric", evaluation.get("weights", "")]
-    )
-    return _table(head, rows)
+            row.append(_change(base.get(name), metrics[name], worse_is_more=less_is_better(name)))
+        words = Markup('<span class="words">{}</span>').format(MEANINGS.get(name, ""))
+        rows.append([*row, words])
+    head = ["metric", "base", "tuned", "change"] if base else ["metric", evaluation.get("weights", "")]  # fmt: skip
+    return _table([*head, ""], rows) + _note(diagnosis.certainty(evaluation))
 
 
 def _categories(evaluation: Mapping[str, Any]) -> str:

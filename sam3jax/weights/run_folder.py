@@ -30,7 +30,7 @@ CONFIG = "config.yaml"
 # What a run may change when it continues; anything else would make it another run. The base and the data may
 # lie elsewhere: fingerprints tell whether they are the same.
 MAY_CHANGE = {
-    "steps", "eval_every", "save_every", "save_minutes", "log_every", "keep", "max_skipped", "evaluation", "output",
+    "steps", "epochs", "patience", "min_improvement", "trackers", "eval_every", "save_every", "save_minutes", "log_every", "keep", "max_skipped", "evaluation", "output",
     "draw_batches", "resume", "id", "init", "data.train", "data.valid", "data.workers", "data.max_megapixels",
     "data.allow_outside",
 }  # fmt: skip
