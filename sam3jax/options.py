@@ -97,6 +97,10 @@ def _predict(parser: Parser) -> None:
         action="store_true",
         help="large pictures in overlapping parts of the model's size, instead of squashed to it",
     )
+    parser.add_argument(
+        "--max-megapixels", type=_megapixels, default=500, metavar="N",
+        help="larger pictures are refused before they fill the memory; default 500",
+    )  # fmt: skip
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
     parser.add_argument(
@@ -294,12 +298,22 @@ def _score(text: str) -> float:
 
 
 def _seconds(text: str) -> float:
+    return _positive(text, 86_400, "seconds")
+
+
+def _megapixels(text: str) -> float:
+    return _positive(text, 100_000, "megapixels")
+
+
+def _positive(text: str, most: float, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected {what}, more than 0, at most {most:,}"
+        )
     return value
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sam3jax.checksums import is_whole_text, sealed_text
+from sam3jax.checksums import is_whole_text, record_files, sealed_text
 from sam3jax.config import Config, ConfigError, dump_config, load_config
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.errors import remark
@@ -203,6 +203,7 @@ def _open_run_folder(path: Path, config: Config, fingerprint: str) -> str:
         identity = before.id
     identity = identity or secrets.token_hex(8)
     write_text(file, sealed_text(dump_config(config.model_copy(update={"id": identity}))))
+    record_files(path, CONFIG)  # its own checksum does not tell it from another run's
     return identity
 
 
