@@ -140,6 +140,20 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--out", metavar="COCO_DIR", help="new folder that --import writes")
 
 
+def _app(parser: Parser) -> None:
+    parser.description = "A page to click in: pictures, phrases, clicks; masks are saved as COCO."
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--run", help="run folder: tuned and base side by side")
+    source.add_argument("--model", help="model folder; default: the tiny model of the package")
+    parser.add_argument(
+        "--data",
+        metavar="COCO_DIR",
+        help="where masks are saved; default: the run's training set, else app_masks",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+
+
 def _report(parser: Parser) -> None:
     parser.description = "Write report.html into a run folder."
     parser.add_argument("run", metavar="RUN", help="run folder")
@@ -170,6 +184,7 @@ PARSERS: dict[str, Callable[[Parser], None]] = {
     "predict": _predict,
     "doctor": _doctor,
     "report": _report,
+    "app": _app,
     "demo": _demo,
     "plan": _plan,
     "settings": _list_settings,

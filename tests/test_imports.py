@@ -25,7 +25,7 @@ FLOORS = (
     ("tasks",),
     ("training",),
     ("predict_video", "predict_clicks", "evaluate_clicks"),  # the half of `predict` for films
-    ("train", "evaluate", "predict", "doctor", "report", "settings", "plan"),
+    ("train", "evaluate", "predict", "doctor", "report", "settings", "plan", "app"),
     ("demo_video",),  # the half of `demo` for videos
     ("demo",),  # trains and evaluates
     ("cli",),
