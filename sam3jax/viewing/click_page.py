@@ -60,8 +60,8 @@ def build(studio: Studio, folder: str) -> Any:
     def guarded(action: Any) -> Any:
         """Errors of the visitor become the sentence below the pictures."""
 
-        def run(work: Work | None, *values: Any) -> list[Any]:
-            work = work or Work()
+        def run(before: Work | None, *values: Any) -> list[Any]:
+            work = before or Work()
             try:
                 work, told = action(work, *values)
             except UserError as error:

@@ -204,9 +204,9 @@ def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
         return ""
     rows = []
     for name, value in metrics.items():
-        row = [name, _number(value)]
+        row = [name, _number(value, name)]
         if base:
-            row[1:1] = [_number(base.get(name))]
+            row[1:1] = [_number(base.get(name), name)]
             row.append(_change(base.get(name), value, worse_is_more="false" in name))
         rows.append(row)
     head = (
@@ -340,9 +340,11 @@ def _datasets(folder: Path) -> tuple[dict[str, Dataset], str]:
     return {"train": train, **({"valid": valid} if valid is not None else {})}, ""
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, name: str = "") -> str:
     if value is None:
         return "–"
+    if name.endswith("/objects"):
+        return f"{value:,.0f}"
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
     return (
