@@ -13,15 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as rle_codec
-
 from sam3jax.config import load_config
 from sam3jax.data.moving_shapes import moving_shapes_dataset
 from sam3jax.data.video_sets import pictures_of
 from sam3jax.data.videos import Video, VideoDataset
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
-from sam3jax.evaluation.video import Hota, hota, identity_switches
+from sam3jax.evaluation.tracks import evaluate_tracks
 from sam3jax.files import write_json
 from sam3jax.inference.detector import Detector
 from sam3jax.train import train
@@ -32,8 +29,8 @@ from sam3jax.viewing import draw, film
 from sam3jax.weights.run_folder import Run, read_run
 
 NEW = "new"  # group of concepts, sam3jax.data.shapes
-VIDEOS = 12
-SEED = 7  # of these videos: the recipe was changed once after a look at them
+VIDEOS = 24
+SEED = 8  # of these videos: no setting was chosen by looking at them
 DRAWN = 2  # videos
 
 Frames = dict[int, VideoFrame]
@@ -46,10 +43,15 @@ def demo_video(config_file: str, overrides: Sequence[str] = ()) -> dict[str, Any
     trained = time.perf_counter() - start
     run = read_run(load_config(config_file, overrides).output)
     videos = held_out(run)
-    results = {name: measure(run, videos, base=name == "base") for name in ("base", "tuned")}
-    shown = VideoPredictor(run.model, run.variables, run.tokenizer, run.config.evaluation)
-    for number, video in enumerate(videos.videos[:DRAWN]):
-        found = {f.number: f for f in shown.objects(video.frames, phrases_in(video, videos))}
+    asked = {
+        "base": VideoPredictor(run.model, run.base_variables, run.tokenizer, run.config.evaluation),
+        "tuned": VideoPredictor(run.model, run.variables, run.tokenizer, run.config.evaluation, run.thresholds),
+    }  # fmt: skip
+    results = {n: measure(run, videos, p, base=n == "base") for n, p in asked.items()}
+    fullest = sorted(videos.videos, key=lambda v: -len(v.objects()))
+    for number, video in enumerate(fullest[:DRAWN]):
+        phrases = phrases_in(video, videos)
+        found = {f.number: f for f in asked["tuned"].objects(video.frames, phrases)}
         draw_video(run.path / f"demo_{number}", video, videos, found)
     results = {"seconds": time.perf_counter() - start, "training": trained, "results": results}
     write_json(run.path / "demo.json", results)
@@ -63,38 +65,17 @@ def held_out(run: Run) -> VideoDataset:
     return moving_shapes_dataset("test", data, run.config.clips.generated_frames)
 
 
-def measure(run: Run, videos: VideoDataset, *, base: bool) -> dict[str, float]:
-    """AP50 of the frames; HOTA and identity switches of tracks, phrase by phrase."""
+def measure(
+    run: Run, videos: VideoDataset, predictor: VideoPredictor, *, base: bool
+) -> dict[str, float]:
+    """AP50 of the frames; HOTA and identity switches of tracks, over all phrases."""
     pictures = pictures_of(videos)
     keep = detections_to_keep(pictures, run.config.evaluation)
     detector = Detector(run.model, run.config.evaluation, local_mesh(), limit=keep)
     metrics = evaluate_run(run, detector, pictures, base=base).metrics
-    variables = run.base_variables if base else run.variables
-    ask = VideoPredictor(run.model, variables, run.tokenizer, run.config.evaluation)
-    phrases, counts, switches, objects = list(videos.categories.values()), Hota(), 0, 0
-    for video in videos.videos:
-        found = {f.number: f for f in ask.objects(video.frames, phrases)}
-        for category, phrase in videos.categories.items():
-            frames = [_overlaps(video, k, found.get(k), category, phrase) for k in video.annotated]
-            counts = counts + hota(frames)
-            changed, seen = identity_switches(frames)
-            switches, objects = switches + changed, objects + seen
-    return {
-        "AP50": metrics["segm/AP50"],
-        **counts.result(),
-        "switches per object": switches / max(objects, 1),
-    }
-
-
-def _overlaps(video: Video, number: int, found: VideoFrame | None, category: int, phrase: str):
-    """(true ids, found ids, mask IoU) of one phrase in one frame."""
-    true = [a for a in video.labels[number].annotations if a.category_id == category]
-    tracks = [] if found is None else [o for o in found.objects if o.phrase == phrase]
-    overlap = np.zeros((len(true), len(tracks)))
-    if true and tracks:
-        masks = [a.segmentation for a in true]
-        overlap = np.asarray(rle_codec.iou(masks, [o.mask for o in tracks], [0] * len(tracks)))
-    return [a.id for a in true], [o.id for o in tracks], overlap
+    tracks = evaluate_tracks(predictor, videos)
+    shown = {name.removeprefix("video/"): value for name, value in tracks.items()}
+    return {"AP50": metrics["segm/AP50"], **shown}
 
 
 def phrases_in(video: Video, videos: VideoDataset) -> list[str]:

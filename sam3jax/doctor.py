@@ -5,6 +5,8 @@ sheet of each split, a table of categories, histograms, and doctor.json with eve
 
 Exit code 0 where the data can be trained on, 2 with one line for each reason where they cannot.
 
+Videos (`task: clips`) get strips instead of the sheet, and a table of objects: see `doctor_videos`.
+
 --import converts YOLO, Pascal VOC, labelme, CVAT, mask or Hugging Face folders into the COCO folder --out first.
 """
 
@@ -31,6 +33,8 @@ from sam3jax.data.ledger import DataError
 from sam3jax.data.pictures import is_black
 from sam3jax.data.records import Dataset
 from sam3jax.data.statistics import category_table, same_pictures, summary, twins
+from sam3jax.data.video_folders import looks_like_videos
+from sam3jax.doctor_videos import examine_videos
 from sam3jax.errors import exit_status
 from sam3jax.files import FileError, make_folder, write_json
 from sam3jax.options import parse
@@ -54,7 +58,8 @@ def _run(options: argparse.Namespace) -> int:
     config = load_config(None, options.overrides)
     path = str(options.data)
     data = config.data.model_copy(update={"train": path})
-    return examine(config.model_copy(update={"data": data}), path, options)
+    look = examine_videos if looks_like_videos(path) else examine
+    return look(config.model_copy(update={"data": data}), path, options)
 
 
 def examine(config: Config, path: str, options: argparse.Namespace) -> int:

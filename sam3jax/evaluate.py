@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,29 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
     raise SystemExit(door("evaluate"))
 
 from sam3jax.checksums import record_files
-from sam3jax.config import Config
+from sam3jax.config import Config, with_settings
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.pictures import DataError
-from sam3jax.data.video_sets import frames_named
+from sam3jax.data.video_sets import pictures_of, videos_named
+from sam3jax.data.videos import VideoDataset
 from sam3jax.errors import exit_status, plain
 from sam3jax.evaluate_clicks import evaluate_clicks
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.comparison import compare, summary, write_evaluation
+from sam3jax.evaluation.metrics import Evaluation
+from sam3jax.evaluation.steadiness import steadiness_of
+from sam3jax.evaluation.tracks import evaluate_tracks
 from sam3jax.files import FileError, make_folder, write_json
 from sam3jax.inference.detector import Detector
 from sam3jax.options import parse
 from sam3jax.training.mesh import local_mesh
+from sam3jax.video.predictor import VideoPredictor
 from sam3jax.weights.base import is_run_folder
 from sam3jax.weights.run_folder import Run, read_run
 
 COMMANDS = {"clicks": evaluate_clicks}  # of tasks that are not about phrases
-DATA = {"clips": frames_named}  # of tasks whose pictures are not a picture data set
+VIDEOS = {"clips": videos_named}  # of tasks whose pictures are frames
 _WORSE = 0.05  # of AP50: more than luck
 
 
@@ -53,24 +59,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     run = read_run(options.run)
+    run = replace(
+        run, config=with_settings(run.config, options.overrides, ("evaluation", "data", "clicks"))
+    )
     COMMANDS.get(run.config.task, _evaluate_phrases)(run, options)
 
 
 def _evaluate_phrases(run: Run, options: argparse.Namespace) -> None:
-    named = DATA.get(run.config.task, _dataset)
-    dataset = named(run.config, options.data, options.split)
-    _print(evaluate_command(run, dataset, options))
+    named = VIDEOS.get(run.config.task)
+    videos = None if named is None else named(run.config, options.data, options.split)
+    if videos is None:
+        dataset = _dataset(run.config, options.data, options.split)
+    else:
+        dataset = pictures_of(videos)
+    _print(evaluate_command(run, dataset, options, videos))
 
 
-def evaluate_command(run: Run, dataset: Dataset, options: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate as the options say and write the files; returns what evaluation.json holds."""
+def evaluate_command(
+    run: Run, dataset: Dataset, options: argparse.Namespace, videos: VideoDataset | None = None
+) -> dict[str, Any]:
+    """Evaluate as the options say and write the files; returns what evaluation.json holds.
+
+    videos: those whose frames `dataset` is; their tracks are measured too.
+    """
     output = _output(run, options.output)
     probe = open_dataset(run.config, options.probe, options.probe_split) if options.probe else None
     config = run.config.evaluation
     keep = max(detections_to_keep(d, config) for d in (dataset, probe or dataset))
     ask = partial(evaluate_run, run, Detector(run.model, config, local_mesh(), limit=keep))
-    found = ask(dataset, base=options.base)
-    before = ask(dataset, base=True) if options.compare else None
+
+    def whole(base: bool) -> Evaluation:
+        found = ask(dataset, base=base)
+        if videos is None:
+            return found
+        steady = {"video/steadiness": steadiness_of(dataset.images, found.predictions)}
+        return replace(found, metrics={**found.metrics, **steady, **_tracks(run, videos, base)})
+
+    found = whole(options.base)
+    before = whole(True) if options.compare else None
     about = {
         "run": str(run.path),
         "step": run.step,
@@ -84,6 +110,15 @@ def evaluate_command(run: Run, dataset: Dataset, options: argparse.Namespace) ->
         write_json(output / "evaluation.json", report)
         record_files(output, "evaluation.json")
     return report
+
+
+def _tracks(run: Run, videos: VideoDataset, base: bool) -> dict[str, float]:
+    """As `predict` finds them: the tuned model with the thresholds of its phrases."""
+    variables, thresholds = (run.base_variables, {}) if base else (run.variables, run.thresholds)
+    predictor = VideoPredictor(
+        run.model, variables, run.tokenizer, run.config.evaluation, thresholds
+    )
+    return evaluate_tracks(predictor, videos)
 
 
 def _output(run: Run, output: str | None) -> Path:

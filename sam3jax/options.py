@@ -41,6 +41,9 @@ def _train(parser: Parser) -> None:
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
     hosts.add_argument("--num-processes", type=int)
     hosts.add_argument("--process-id", type=int, help="0, 1, ...")
+    hosts.add_argument(
+        "--wait", type=_seconds, default=240, metavar="SECONDS", help="for the others; default 240"
+    )
 
 
 def _evaluate(parser: Parser) -> None:
@@ -55,6 +58,12 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--output", help="folder to write into; default: the run folder")
     parser.add_argument(
         "--clicks", type=_clicks, metavar="N", help="clicks per object; default: the run's"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings of evaluation, data and clicks that are to differ from the run's",
     )
 
 
@@ -81,8 +90,20 @@ def _predict(parser: Parser) -> None:
     parser.add_argument(
         "--threshold", type=_score, metavar="SCORE", help="score; default: the run's, per phrase"
     )
+    parser.add_argument(
+        "--tile",
+        action="store_true",
+        help="large pictures in overlapping parts of the model's size, instead of squashed to it",
+    )
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=EXPORTS,
+        help="finds in this format too; may be repeated",
+    )
     clicks = parser.add_argument_group("clicks")
     clicks.add_argument(
         "--points", action="append", nargs="+", default=[], type=_point, metavar="X,Y,LABEL",
@@ -177,6 +198,7 @@ def _list_settings(parser: Parser) -> None:
 
 DEMO = "configs/demo.yaml"
 CLIPS_DEMO = "configs/clips.yaml"
+EXPORTS = ("yolo", "labelstudio", "cvat")  # sam3jax.data.exporters
 IMPORTS = ("yolo", "voc", "labelme", "cvat", "masks", "huggingface")  # sam3jax.data.importers
 PARSERS: dict[str, Callable[[Parser], None]] = {
     "train": _train,
@@ -266,6 +288,16 @@ def _score(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a score from 0 to 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
     return value
 
 

@@ -38,14 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if config.data.train is None:
-        if config.task != "detect":
-            raise ConfigError(
-                "no training data: set data.train, whose shapes the step is compiled for"
-            )
-        few = {"train": "shapes", "shapes_train": config.batch_size, "shapes_valid": 0}
+        few = {"train": "shapes", "shapes_train": config.batch_size, "shapes_valid": 1}
         config = config.model_copy(update={"data": config.data.model_copy(update=few)})
         print(
-            "data.train is not set: generated pictures stand in, with the settings' numbers of phrases"
+            "data.train is not set: generated pictures (or videos) stand in, with the settings' numbers of phrases"
         )
     card, devices = targets.target(options.device) if options.device else targets.here()
     for line in _warnings(config, card):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,13 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam3jax.data.exporters import WRITTEN, export
 from sam3jax.data.folders import PICTURES, is_hidden, is_picture
 from sam3jax.data.names import phrase_key
 from sam3jax.data.pictures import DataError, Reading, open_rgb, read_header
 from sam3jax.data.prompts import VISUAL
-from sam3jax.errors import exit_status, plain
-from sam3jax.files import make_folder, write_json
+from sam3jax.errors import exit_status, plain, remark
+from sam3jax.files import make_folder
 from sam3jax.inference.full_size import Detections
 from sam3jax.options import parse
 from sam3jax.predict_clicks import overlay_name, predict_clicks, wants_clicks
@@ -34,9 +36,11 @@ from sam3jax.predict_video import predict_videos, video_folders, wants_video
 from sam3jax.training.mesh import local_mesh
 from sam3jax.video.chunks import ChunkOptions
 from sam3jax.viewing.predictor import Predictor, PromptError
-from sam3jax.viewing.results import PREDICTIONS, check_results, info
+from sam3jax.viewing.results import PREDICTIONS, Record, check_results, clear_stale
 
 __all__ = ["Detections", "Predictor", "PromptError", "find_pictures", "main"]
+
+_MUCH = 4  # times that a picture's longer side is the model's
 
 
 def find_pictures(patterns: Iterable[str]) -> list[Path]:
@@ -85,12 +89,19 @@ def _run(options: argparse.Namespace) -> int:
         )
     film = wants_video(options)
     files = options.pictures if film else find_pictures(options.pictures)
+    if options.tile and (film or options.box or options.negative_box):
+        raise PromptError("--tile goes with --phrase on pictures alone: a box lies in one tile")
     if film and (options.box or options.negative_box or not options.phrase):
         raise PromptError("a video is asked with --phrase; boxes are for pictures")
     paths = [Path(f) for f in files]
     names = {} if film or options.no_overlay else _overlay_names(paths)
     folders = video_folders(paths) if film else ()
-    check_results(options.output, [*names.values(), *folders], paths)
+    if film and options.format:
+        raise PromptError(
+            "--format is for pictures; a video's folder holds YT-VIS, COCO and palette PNG"
+        )
+    exported = [WRITTEN[kind] for kind in options.format]
+    check_results(options.output, [*names.values(), *folders, *exported], paths)
     predictor = (
         Predictor.from_model_folder(options.model, mesh=local_mesh())
         if options.model
@@ -106,6 +117,9 @@ def _run(options: argparse.Namespace) -> int:
     failed = predict_files(predictor, files, output, options)
     done = len(files) - failed
     print(f"{done} pictures done, results in {output / 'predictions.json'}")
+    for kind in dict.fromkeys(options.format):
+        found = json.loads((output / PREDICTIONS).read_text())
+        print(f"as {kind}: {export(found, kind, output)}")
     if failed:
         print(f"error: {failed} of {len(files)} pictures failed, see above", file=sys.stderr)
     return 1 if failed else 0
@@ -114,11 +128,14 @@ def _run(options: argparse.Namespace) -> int:
 def _run_clicks(options: argparse.Namespace) -> int:
     if (
         options.phrase
+        or options.tile
         or options.box
         or options.negative_box
         or (options.points and options.everything)
     ):
-        raise PromptError("ask one thing: phrases and boxes, or --points, or --everything")
+        raise PromptError(
+            "ask one thing: phrases and boxes (with --tile: phrases), or --points, or --everything"
+        )
     files = find_pictures(options.pictures)
     names = [] if options.no_overlay else [overlay_name(n, f) for n, f in enumerate(files, 1)]
     check_results(options.output, names, files)
@@ -145,49 +162,83 @@ def predict_files(
     """Ask every phrase of every picture, write overlays and predictions.json; how many failed."""
     phrases = options.phrase or [None]
     names = {} if options.no_overlay else _overlay_names(files)
-    record: dict[str, Any] = {
-        "info": info(names.values()),
-        "images": [],
-        "categories": [{"id": i, "name": p or VISUAL} for i, p in enumerate(phrases, start=1)],
-        "annotations": [],
-    }
-    write_json(output / PREDICTIONS, record)  # so that a call cut short can be repeated
-    failed = 0
+    clear_stale(output, names.values(), files)
     ask = dict(boxes=options.box, negative_boxes=options.negative_box, threshold=options.threshold)
-    for group in _groups(_read_ahead(files, predictor.reading), predictor.at_once):
-        for number, file, picture, found in _find(predictor, group, phrases, ask):
-            if isinstance(found, ValueError):
-                failed += 1
-                print(f"{plain(file)}: {plain(found)}", file=sys.stderr)
-                continue
-            if (frames := read_header(file).frames) > 1:
-                print(f"{plain(file)}: the first of {frames} frames is looked at", file=sys.stderr)
-            width, height = picture.size
-            image = {"id": number, "file_name": str(file), "width": width, "height": height}
-            record["images"].append(image)
-            for category, detections in enumerate(found.values(), start=1):
-                for result in detections.to_coco(number, category):
-                    area = float(coco_mask.area(result["segmentation"]))
-                    result |= {"id": len(record["annotations"]) + 1, "iscrowd": 0, "area": area}
-                    record["annotations"].append(result)
-            if not options.no_overlay:
-                predictor.draw(found, picture).save(output / names[file])
-            counts = ", ".join(f"{len(d)} {phrase}" for phrase, d in found.items())
-            print(f"[{number}/{len(files)}] {plain(file)}: {counts}")
-    write_json(output / PREDICTIONS, record)
+    tile = predictor.size if options.tile else None
+    squashed, failed = Squashed(predictor.size), 0
+    written = [*names.values(), *(WRITTEN[kind] for kind in options.format)]
+    with Record(output, written, [p or VISUAL for p in phrases]) as record:
+        for group in _groups(_read_ahead(files, predictor.reading), predictor.at_once):
+            for number, file, picture, found in _find(predictor, group, phrases, ask, tile):
+                if isinstance(found, ValueError):
+                    failed += 1
+                    print(f"{plain(file)}: {plain(found)}", file=sys.stderr)
+                    continue
+                if (frames := read_header(file).frames) > 1:
+                    first = f"the first of {frames} frames is looked at"
+                    print(f"{plain(file)}: {first}", file=sys.stderr)
+                width, height = picture.size
+                if tile is None:
+                    squashed.count(file, width, height)
+                record.image(
+                    {"id": number, "file_name": str(file), "width": width, "height": height}
+                )
+                for category, detections in enumerate(found.values(), start=1):
+                    for result in detections.to_coco(number, category):
+                        area = float(coco_mask.area(result["segmentation"]))
+                        record.annotation({**result, "iscrowd": 0, "area": area})
+                if not options.no_overlay:
+                    predictor.draw(found, picture).save(output / names[file])
+                counts = ", ".join(f"{len(d)} {phrase}" for phrase, d in found.items())
+                print(f"[{number}/{len(files)}] {plain(file)}: {counts}")
+    squashed.say()
     return failed
+
+
+class Squashed:
+    """Pictures that lose much when they are squashed to the model's square of `size` pixels."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._number, self._first = size, 0, ""
+
+    def count(self, file: Path, width: int, height: int) -> None:
+        """Note a picture that was looked at."""
+        if max(width, height) > _MUCH * self._size:
+            self._number += 1
+            self._first = self._first or f"{file} ({width} x {height})"
+
+    def say(self) -> None:
+        """One line for all of them."""
+        if self._number:
+            remark(
+                f"{self._number} pictures, {self._first} first, were squashed more than {_MUCH} times to {self._size} x "
+                f"{self._size} pixels, where small things are lost: --tile looks at their parts as well"
+            )
 
 
 Read = tuple[int, Path, Image.Image | DataError]
 
 
 def _find(
-    predictor: Predictor, group: Sequence[Read], phrases: Sequence[str | None], ask: dict[str, Any]
+    predictor: Predictor,
+    group: Sequence[Read],
+    phrases: Sequence[str | None],
+    ask: dict[str, Any],
+    tile: int | None = None,
 ) -> Iterator[tuple[int, Path, Any, dict[str, Detections] | ValueError]]:
-    """What is in each picture of a group, or why it could not be asked."""
+    """What is in each picture of a group, or why it could not be asked.
+
+    tile: larger pictures are looked at in tiles of so many pixels; None: in none.
+    """
     good = [(number, file, p) for number, file, p in group if isinstance(p, Image.Image)]
     bad = {number: p for number, _, p in group if isinstance(p, DataError)}
     found: dict[int, dict[str, Detections] | ValueError] = dict(bad)
+    if tile is not None:
+        words = [p or VISUAL for p in phrases]
+        for number, _, picture in [g for g in good if max(g[2].size) > tile]:
+            answers = predictor.predict_tiled(picture, words, ask["threshold"])
+            found[number] = dict(zip(words, answers, strict=True))
+        good = [g for g in good if max(g[2].size) <= tile]
     if good:
         try:
             predictor.set_images([picture for _, _, picture in good])

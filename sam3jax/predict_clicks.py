@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ from pycocotools import mask as rle_codec
 
 from sam3jax.data.ledger import DataError
 from sam3jax.data.pictures import open_rgb
-from sam3jax.files import write_text
+from sam3jax.errors import plain
 from sam3jax.viewing.click_predictor import ClickPredictor
 from sam3jax.viewing.everything import GridOptions, everything
-from sam3jax.viewing.results import info
+from sam3jax.viewing.results import Record, clear_stale
 
 
 def wants_clicks(options: argparse.Namespace) -> bool:
@@ -36,33 +35,30 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
         if options.model
         else ClickPredictor.from_run(options.run, base=options.base)
     )
-    names = () if options.no_overlay else [overlay_name(n, f) for n, f in enumerate(files, 1)]
-    record: dict[str, Any] = {
-        "info": info(names), "images": [], "categories": [{"id": 1, "name": "object"}], "annotations": [],
-    }  # fmt: skip
+    names = [] if options.no_overlay else [overlay_name(n, f) for n, f in enumerate(files, 1)]
+    clear_stale(output, names, files)
     failed = 0
-    for number, file in enumerate(files, start=1):
-        try:
-            picture = open_rgb(file, reading=predictor.reading)
-        except DataError as error:
-            failed += 1
-            print(f"{file}: {error}", file=sys.stderr)
-            continue
-        found = _ask(predictor, picture, options)
-        width, height = picture.size
-        image = {"id": number, "file_name": str(file), "width": width, "height": height}
-        record["images"].append(image)
-        for entry in found:
-            place = {"id": len(record["annotations"]) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}  # fmt: skip
-            record["annotations"].append({**entry, **place})
-        if not options.no_overlay:
-            masks = np.array([rle_codec.decode(entry["segmentation"]) for entry in found])
-            clicks = [c for row in options.points for c in row]
-            predictor.picture = picture  # a crop may have been the last one
-            drawn = predictor.draw(masks, [c[:2] for c in clicks], [c[2] for c in clicks])
-            drawn.save(output / overlay_name(number, file))
-        print(f"[{number}/{len(files)}] {file}: {len(found)} masks")
-    write_text(output / "predictions.json", json.dumps(record))
+    with Record(output, names, ["object"]) as record:
+        for number, file in enumerate(files, start=1):
+            try:
+                picture = open_rgb(file, reading=predictor.reading)
+            except DataError as error:
+                failed += 1
+                print(f"{plain(file)}: {plain(error)}", file=sys.stderr)
+                continue
+            found = _ask(predictor, picture, options)
+            width, height = picture.size
+            record.image({"id": number, "file_name": str(file), "width": width, "height": height})
+            for entry in found:
+                place = {"image_id": number, "category_id": 1, "iscrowd": 0}
+                record.annotation({**entry, **place})
+            if not options.no_overlay:
+                masks = np.array([rle_codec.decode(entry["segmentation"]) for entry in found])
+                clicks = [c for row in options.points for c in row]
+                predictor.picture = picture  # a crop may have been the last one
+                drawn = predictor.draw(masks, [c[:2] for c in clicks], [c[2] for c in clicks])
+                drawn.save(output / overlay_name(number, file))
+            print(f"[{number}/{len(files)}] {plain(file)}: {len(found)} masks")
     return failed
 
 

@@ -34,6 +34,7 @@ from sam3jax.viewing.draw import Instance
 from sam3jax.viewing.results import PREDICTIONS, info
 
 _STRIP = 8  # frames
+_NAMED = 8  # objects of a phrase in the strip's title
 
 
 def wants_video(options: argparse.Namespace) -> bool:
@@ -88,12 +89,28 @@ def predict_video(
         film.write_film(folder / "overlay", film.overlays(frames, draw), frames.rate)
         shown = film.evenly(len(frames), _STRIP)
         short = lambda number: [replace(i, label=i.label.rpartition(" ")[2]) for i in draw(number)]
-        film.strip(frames, shown, [(folder.name, short)]).save(folder / "strip.png")
+        film.strip(frames, shown, [(_legend(results), short)]).save(folder / "strip.png")
     counts = []
     for phrase in phrases:
         ids = {o.id for f in results.frames.values() for o in f.objects if o.phrase == phrase}
         counts.append(f"{len(ids)} {phrase}")
     return f"{len(frames)} frames, {', '.join(counts)}"
+
+
+def _legend(results: VideoResults) -> str:
+    """The video's name, and which numbers are what."""
+    numbers = {
+        phrase: sorted(
+            {o.id for f in results.frames.values() for o in f.objects if o.phrase == phrase}
+        )
+        for phrase in results.phrases
+    }
+    parts = [
+        f"{phrase} {' '.join(f'#{i}' for i in ids[:_NAMED])}{' ...' if ids[_NAMED:] else ''}"
+        for phrase, ids in numbers.items()
+        if ids
+    ]
+    return f"{results.name}: {', '.join(parts) or 'nothing found'}"
 
 
 def instances(results: VideoResults, number: int) -> list[Instance]:

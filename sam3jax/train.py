@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,11 @@ from sam3jax.errors import exit_status
 from sam3jax.options import parse
 from sam3jax.tasks import TASKS
 from sam3jax.training.first_batches import draw_first
-from sam3jax.training.log import RunLog, StepLog
+from sam3jax.training.first_nan import first_nan
+from sam3jax.training.length import Patience, in_steps, is_validated
+from sam3jax.training.log import Hook, RunLog, StepLog, nothing
 from sam3jax.training.mesh import (
     backend_of,
-    join,
     local_mesh,
     make_mesh,
     micro_batches,
@@ -35,6 +36,7 @@ from sam3jax.training.mesh import (
     put_replicated,
 )
 from sam3jax.training.optim import build_optimizer, schedule_warning
+from sam3jax.training.peers import joined
 from sam3jax.training.rates import count, multipliers
 from sam3jax.training.signals import Interruptions, stopped
 from sam3jax.training.skipped import SkippedSteps
@@ -42,19 +44,24 @@ from sam3jax.training.state import init_state, restore, save
 from sam3jax.training.step import make_train_step
 from sam3jax.training.summary import finish, finished
 from sam3jax.training.timing import peak_memory
+from sam3jax.training.trackers import check_trackers
 from sam3jax.training.validation import Validation
 from sam3jax.weights.base import open_base
 from sam3jax.weights.checkpoints import Checkpoints
-from sam3jax.weights.run_folder import open_run_folder
+from sam3jax.weights.run_folder import open_run_folder, remark_missing
 from sam3jax.weights.trainable import compact, start
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(
+    config: Config, *, on_step: Hook = nothing, on_validation: Hook = nothing
+) -> dict[str, Any]:
     """Run (or continue) a training; returns what summary.json holds.
 
-    Raises ConfigError, DataError, FileError: a setting, the data or a file is not right. Nothing is
-    written before all of them are read.
+    on_step, on_validation: called with a step and its metrics, in every process; what they raise ends the
+    run, saved as far as it was. Raises ConfigError, DataError, FileError: a setting, the data or a file is
+    not right. Nothing is written before all of them are read.
     """
+    check_trackers(config.trackers)
     base = open_base(config)
     config, mesh = base.config, make_mesh()
     task = TASKS[config.task](config, backend_of(mesh))
@@ -62,12 +69,12 @@ def train(config: Config) -> dict[str, Any]:
     micro = micro_batches(config, mesh)
     data = task.open(base.tokenizer)
     loader = task.loader(data, **process)
+    config = in_steps(config, loader.epoch)
     weights = base.load()
     trainable, frozen = start(weights.params, config)
     rates = multipliers(trainable, frozen, config)
     optimizer = build_optimizer(config, trainable, rates)
     trained, total = count(trainable, rates), sum(x.size for x in jax.tree.leaves(weights.params))
-
     # What is entered here is closed in reverse order, whatever ends the run.
     with ExitStack() as ending:
         folder = ending.enter_context(open_run_folder(config, weights.fingerprint))
@@ -75,59 +82,65 @@ def train(config: Config) -> dict[str, Any]:
         checkpoints = ending.enter_context(closing(Checkpoints(run, keep=config.keep)))
         state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
         untrained = state.trainable
+        about: dict[str, Any] = {}
         if (found := checkpoints.latest()) is not None:
+            if chief:
+                remark_missing(run, checkpoints.steps())
             about = checkpoints.about(found, folder.id)
             state = restore(checkpoints, found, state)
             loader.set_state(about["data"], force=config.resume == "force")
-        first = int(state.step)
-        if first >= config.steps and (done := finished(run, config.steps)) is not None:
-            if chief:
-                print(
-                    f"{run} is finished: {first} of {config.steps} steps; raise `steps` to train on"
-                )
+        number = first = int(state.step)
+        if (done := finished(run, first, config, say=chief)) is not None:
             return done
-        validated = checkpoints.validation(first) is not None
-        log = RunLog(run, first, config.steps, validated=validated, write=chief)
+        patience = Patience(config.patience, config.min_improvement, about.get("patience"))
+        if (known := checkpoints.validation(first)) is not None:
+            patience.add(known["score"])
+        validated = known is not None
+        log = RunLog(run, first, config, id=folder.id or "", validated=validated, write=chief)
         ending.enter_context(closing(loader))
         ending.enter_context(closing(log))
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
-        for line in task.describe(data):
-            log.say(line)
-        if (warning := schedule_warning(config.optim, config.steps)) is not None:
-            log.say(warning)
+        log.say(*task.describe(data), schedule_warning(config.optim, config.steps))
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
         frozen = put_replicated(compact(frozen, config.model, backend_of(mesh)), mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)
         prepared = put_replicated(prepared, mesh)
         ask = task.validation(data, local_mesh(mesh), **process)
-        validate, before = None, None
+        validate = before = None
         if ask is not None:
-            validate = Validation(ask, config, task.best_by, run, log, checkpoints)
+            hooks = patience, on_validation
+            validate = Validation(ask, config, task.best_by, run, log, checkpoints, *hooks)
             before = validate.base(untrained, frozen, prepared) if config.init else None
-            if first and not validated and _validates(config, first):
+            if first and not validated and is_validated(config, first):
                 validate(state, frozen, prepared, first)
         del untrained
-
         step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
-        steps = StepLog(log, config, SkippedSteps(config.max_skipped, int(state.skipped)))
+        where = lambda: first_nan(task, mesh, state.trainable, frozen, prepared, batch)
+        skipped = SkippedSteps(config.max_skipped, int(state.skipped), where)
+        steps = StepLog(log, config, loader.epoch, skipped, on_step)
         interruptions = ending.enter_context(Interruptions(config.save_minutes))
-        for number in range(first + 1, config.steps + 1):
+        while number < config.steps and not patience.is_over:
+            number += 1
             batch = next(loader)
             if number <= config.draw_batches and chief:
                 draw_first(number, partial(task.draw, data, batch), run, log, again=not first)
             batch = put_batch(batch, task.batch_spec, mesh, micro)
-            with jax.transfer_guard("disallow"):  # a hidden copy is an error
+            compiles = number == first + 1
+            with (
+                log.busy("compiling", compiles),
+                jax.transfer_guard("disallow"),
+            ):  # no hidden copies
                 state, metrics = step(state, frozen, prepared, batch)
             steps.add(number, metrics)
             stop, late = interruptions.after(number)
-            validates = _validates(config, number)
+            validates = is_validated(config, number)
             if stop or late or validates or number % config.save_every == 0:
                 # The line of a step is written before its checkpoint, so that a kill loses neither.
                 steps.flush()
                 folder.check()
                 about = {
                     "run": folder.id, "step": number, "base": weights.fingerprint, "data": loader.get_state(),
-                    "validates": validates and validate is not None,
+                    "validates": validates and validate is not None, "patience": patience.state,
                 }  # fmt: skip
                 save(checkpoints, state, about)
                 interruptions.saved()
@@ -138,23 +151,20 @@ def train(config: Config) -> dict[str, Any]:
                     validate(state, frozen, prepared, number)
         checkpoints.wait()
         folder.check()
-        best, last = (checkpoints.validation(s) or {} for s in (checkpoints.best(), config.steps))
+        if early := number < config.steps:
+            log.say(f"stopped at step {number}: no better in {config.patience} validations")
+        best, last = (checkpoints.validation(s) or {} for s in (checkpoints.best(), number))
         summary = {
-            "steps": config.steps, "parameters_trained": trained, "parameters": total,
+            "steps": number, "stopped_early": early, "parameters_trained": trained, "parameters": total,
             "skipped_steps": int(state.skipped), "devices": mesh.size,
             "step_seconds_median": steps.timer.median(), "peak_memory_gb": peak_memory(),
             "base": before, "final": last.get("metrics"), "best": best.get("metrics"),
         }  # fmt: skip
+        log.finish(last.get("metrics") or {})
         if chief:
             finish(run, summary)
         log.say(f"done: {run / 'report.html'}")
         return summary
-
-
-def _validates(config: Config, number: int) -> bool:
-    """Whether a step is validated: every `eval_every`th, and the last one."""
-    due = bool(config.eval_every) and number % config.eval_every == 0
-    return due or number == config.steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,6 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     others = options.coordinator, options.num_processes, options.process_id
-    if options.distributed or others != (None, None, None):
-        join(*others)
-    train(load_config(options.config, options.overrides))
+    many = options.distributed or others != (None, None, None)
+    with joined(*others, options.wait) if many else nullcontext():
+        train(load_config(options.config, options.overrides))

@@ -49,6 +49,8 @@ class Targets(struct.PyTreeNode):
     index [I, P, T] int32 into M, real targets first, M where there is none.
     num_targets [I, P] int32 <= T.
     is_exhaustive [I, P] bool, False where the picture may hold unlabelled instances of the phrase.
+    void [I, Y, ceil(X / 8)] uint8, packed: pixels of which nobody knows what they are, neither target
+    nor error of a mask. None: there is no such pixel in the data.
     """
 
     boxes: Array
@@ -57,6 +59,7 @@ class Targets(struct.PyTreeNode):
     index: Array
     num_targets: Array
     is_exhaustive: Array
+    void: Array | None = None
 
 
 class Batch(struct.PyTreeNode):

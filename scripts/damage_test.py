@@ -1,7 +1,11 @@
 """Damage every file of a run folder in every way, then open it: `python -m scripts.damage_test FOLDER`.
 
-Opened for predict, export, report, evaluate and resume. Each must answer as for the whole folder, or say
-what is wrong; a traceback, or other numbers in silence, is a failure. Ends with a count.
+Opened for predict, evaluate, export, report and to be trained on. Each must answer as for the whole folder, or
+say what is wrong; a traceback, or other numbers in silence, is a failure. Ends with a count.
+
+Nothing is computed whose inputs are those of the whole folder: predict, evaluate and export run only where the run
+that is read differs in anything, training on is answered by what its first step would be given, and the report,
+which reads no checkpoint, is left out for those.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from PIL import Image
 from convert import __main__ as convert
 from sam3jax import evaluate, predict, report, train
 from sam3jax.checksums import of_arrays
+from sam3jax.config import dump_config
+from sam3jax.errors import exit_status
 from sam3jax.weights.run_folder import read_run
 from scripts.kill_test import SETTINGS, lines, saved
 
@@ -48,9 +54,20 @@ class Damage(NamedTuple):
     act: Callable[[Path], None]
 
 
-def damages(run: Path, other: Path | None = None) -> Iterator[Damage]:
-    """Every kind for every file of a run. other: a run of equal settings and another seed."""
+def damages(run: Path, other: Path | None = None, every: bool = True) -> Iterator[Damage]:
+    """Every kind for every file of a run. other: a run of equal settings and another seed.
+
+    every: False for one file, the largest, of those whose names alone differ (arrays and pictures of a folder), and
+    without the state of older checkpoints, which nothing reads.
+    """
+    older = [f"checkpoints/{step}/state" for step in saved(run)[:-1]]
     for path in sorted(f for f in run.rglob("*") if f.is_file()):
+        alike = [f for f in path.parent.iterdir() if f.suffix == path.suffix]
+        nameless = path.parent.name == "d" or path.suffix == ".png"
+        if not every and nameless and path != max(alike, key=lambda f: (f.stat().st_size, f)):
+            continue
+        if not every and any(place in str(path) for place in older):
+            continue
         file = path.relative_to(run)
         for name, change in CHANGES.items():
             yield Damage(
@@ -69,10 +86,11 @@ def damages(run: Path, other: Path | None = None) -> Iterator[Damage]:
         for item in ("weights", "state", "about"):
             inner = f"{place}/{item}"
             yield Damage(f"deleted {inner}", inner, lambda r, p=inner: shutil.rmtree(r / p))
-            for whose in filter(None, (other, run)):
-                step_of = step if whose is other else next(s for s in saved(run) if s != step)
-                source = whose / "checkpoints" / str(step_of) / item
-                yield _exchange("another run's" if whose is other else "another step's", Path(inner), source)  # fmt: skip
+            if other is not None:
+                yield _exchange("another run's", Path(inner), other / inner)
+            if before := [s for s in saved(run) if s != step]:
+                source = run / "checkpoints" / str(before[0]) / item
+                yield _exchange("another step's", Path(inner), source)
 
 
 CHANGES: dict[str, Callable[[bytes], bytes]] = {
@@ -178,6 +196,27 @@ class Answer(NamedTuple):
     said: str
 
 
+class FirstStepError(Exception):
+    """Training reached its first step; what that was given, as checksums."""
+
+
+def _first_step(state: Any, frozen: Any, prepared: Any, batch: Any) -> Any:
+    raise FirstStepError(of_arrays((state, frozen, prepared, batch)))
+
+
+def _read(run: Path) -> Any:
+    """All that predict and evaluate take from a run."""
+    found = read_run(run)
+    config = dump_config(found.config)
+    return (
+        of_arrays((found.variables, found.base_variables)),
+        found.thresholds,
+        found.step,
+        found.metrics,
+        config,
+    )
+
+
 def opened(name: str, run: Path, place: Path, words: list[str], picture: Path) -> Answer:
     """Open a run folder by one command, in this process."""
     out = place / "out"
@@ -190,16 +229,21 @@ def opened(name: str, run: Path, place: Path, words: list[str], picture: Path) -
         "evaluate": lambda: evaluate.main(["--run", str(run), "--output", str(out)]),
         "resume": lambda: train.main([*words, f"output={run}", f"steps={STEPS + 1}"]),
         "finished": lambda: train.main([*words, f"output={run}", f"steps={STEPS}"]),
-        "read": lambda: bool(read_run(run)),
+        "read": lambda: exit_status(lambda: found.append(_read(run))),
     }  # fmt: skip
-    stream = io.StringIO()
+    stream, found, real = io.StringIO(), [], train.make_train_step
     with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        train.make_train_step = lambda *_, **__: _first_step
         try:
             status, value = commands[name](), None
-            value = VALUES[name](run, out) if status == 0 else None
+            value = (found[0] if found else VALUES[name](run, out)) if status == 0 else None
+        except FirstStepError as step:
+            status, value = 0, (*step.args, repr(sorted(lines(run).items())))
         except Exception:
             status, value = -1, None
             traceback.print_exc()
+        finally:
+            train.make_train_step = real
     return Answer(status, value, stream.getvalue())
 
 
@@ -220,11 +264,6 @@ def _evaluated(run: Path, out: Path) -> Any:
     return found["metrics"], found["thresholds"], json.loads((out / "predictions.json").read_text())
 
 
-def _resumed(run: Path, out: Path) -> Any:
-    found = read_run(run, step=STEPS + 1)
-    return of_arrays(found.trained), repr(sorted(lines(run).items())), found.thresholds
-
-
 def _finished(run: Path, out: Path) -> Any:
     found = json.loads((run / "summary.json").read_text())
     return repr(sorted(lines(run).items())), found["final"], found["best"]
@@ -232,7 +271,7 @@ def _finished(run: Path, out: Path) -> Any:
 
 VALUES: dict[str, Callable[[Path, Path], Any]] = {
     "predict": _predicted, "export": _exported, "report": _reported, "evaluate": _evaluated,
-    "resume": _resumed, "finished": _finished,
+    "resume": _finished, "finished": _finished,
 }  # fmt: skip
 
 
@@ -248,6 +287,8 @@ def judged(found: Answer, whole: Answer, file: str) -> str:
     names = {Path(file).name, file, "/".join(Path(file).parts[:2])}
     told = [line for line in found.said.splitlines() if line not in whole.said]
     page = str(found.value) if isinstance(found.value, str) else ""
+    if "not as sam3jax wrote it" in page:
+        return "said"
     words = ("note: ", "not as ")
     said = any(w in line for line in (*told, page) for w in words) and any(n in line for line in (*told, page) for n in names)  # fmt: skip
     return "said" if said else "silent"
@@ -257,7 +298,8 @@ def main() -> int:
     """Returns 1 where a damage gave a traceback or other numbers in silence."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="new folder for the runs")
-    parser.add_argument("--only", default="", help="kinds whose name holds this")
+    parser.add_argument("--only", default="", help="kinds whose name holds this regular expression")
+    parser.add_argument("--every", action="store_true", help="every file of arrays and pictures")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     picture = options.folder / "picture.png"
@@ -272,16 +314,22 @@ def main() -> int:
                 return 1
             run.rename(source)
 
-    def ask(act: Callable[[Path], None]) -> dict[str, Answer]:
-        answers = {}
-        for name in ("predict", "export", "report", "evaluate", "resume"):
-            if name in ("predict", "resume"):  # report and resume write into the run
+    def ask(act: Callable[[Path], None], file: str = "") -> dict[str, Answer]:
+        answers: dict[str, Answer] = {}
+        for name in ("read", "predict", "evaluate", "export", "report", "finished", "resume"):
+            if name in ("predict", "evaluate", "export") and expected and answers["read"].value == expected["read"].value:  # fmt: skip
+                answers[name] = Answer(0, expected[name].value, answers["read"].said)
+                continue
+            if name in ("report", "finished") and file.startswith("checkpoints"):
+                continue
+            if name in ("read", "finished", "resume"):  # the one before wrote into the run
                 shutil.rmtree(run, ignore_errors=True)
                 shutil.copytree(whole, run)
                 act(run)
             answers[name] = opened(name, run, place, WORDS, picture)
         return answers
 
+    expected: dict[str, Answer] = {}
     expected = ask(lambda _: None)
     again = ask(lambda _: None)
     for name, answer in expected.items():
@@ -292,10 +340,12 @@ def main() -> int:
             return 1
     counts: Counter[str] = Counter()
     kinds = bad = 0
-    for damage in damages(whole, other):
-        if options.only not in damage.name:
+    every = damages(whole, other, options.every)
+    # The newest checkpoint, then the files beside the checkpoints, then older checkpoints.
+    for damage in sorted(every, key=lambda d: (f"checkpoints/{STEPS}" not in d.file, d.file)):
+        if not re.search(options.only, damage.name):
             continue
-        found = ask(damage.act)
+        found = ask(damage.act, damage.file)
         verdicts = {n: judged(a, expected[n], damage.file) for n, a in found.items()}
         counts.update(verdicts.values())
         kinds += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,18 +14,18 @@ import time
 import jax
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sam3jax import train
 from sam3jax.config import ConfigError
 from sam3jax.data.folders import read_dataset
 from sam3jax.data.sampling import fingerprint
 from sam3jax.training import signals
-from sam3jax.training.board import Board
 from sam3jax.training.skipped import NotFiniteError, SkippedSteps
 from sam3jax.weights.base import refuse_not_finite
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.lock import LOCK, held
+from sam3jax.weights.run_folder import read_run
+from scripts.damage_test import damages, judged, opened
 from tests.coco_folders import write_small_shapes
 from tests.trainings import Killed, before_step, kill, logged, words
 
@@ -154,15 +155,6 @@ def test_the_second_training_into_a_folder_is_told_who_holds_it(data, tmp_path, 
     assert [p.name for p in run.iterdir()] == [LOCK]
 
 
-def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path):
-    script = "import sys, pathlib\nfrom sam3jax.weights.lock import RunLock\nRunLock(pathlib.Path(sys.argv[1])).take()"
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-    assert json.loads((tmp_path / LOCK).read_text())["process"] != os.getpid()
-    with held(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    assert (tmp_path / LOCK).read_text() == ""
-
-
 @pytest.mark.parametrize("how", [shutil.rmtree, lambda run: run.rename(run.with_name("moved"))])
 def test_a_folder_that_is_removed_while_it_is_trained_into_is_named(
     how, data, tmp_path, monkeypatch, capsys
@@ -199,6 +191,7 @@ def test_a_run_that_learns_nothing_ends_with_the_step_and_its_terms(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: step 2: 2 steps in a row were skipped, their loss is nan")
     assert "loss_bbox nan" in line
+    assert "; the first NaN or infinity is in the batch: targets.boxes; lower" in line
 
 
 def test_a_nan_in_the_base_is_named():
@@ -281,26 +274,47 @@ def test_a_fingerprint_of_the_data_is_the_same_each_time(data):
     assert found[0] == found[1]
 
 
-def test_a_board_that_cannot_be_written_never_stops_a_run(tmp_path):
-    said = []
-    (tmp_path / "file").write_text("")
-    board = Board(tmp_path / "file" / "tensorboard", 0, said.append)
-    board.scalar("loss", 1.0, 1)
-    board.flush()
-    board.close()
-    assert len(said) == 1
-    assert "TensorBoard is given up" in said[0]
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on_after_making_room(
+    data, undisturbed, tmp_path, monkeypatch, capsys
+):
+    """A limit on the size of files stands for the disk: writing past it fails as on a full one."""
+    run, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with monkeypatch.context() as patch:
+            before_step(patch, STEPS, lambda: limit(60_000))
+            assert train.main(arguments(data, run, save_every=2)) == 2
+    finally:
+        limit(soft)
+    said = capsys.readouterr().err
+    assert [line for line in said.splitlines() if line.startswith("error: the disk is full")]
+    assert "Traceback" not in said
+    assert saved(run) == [2]
+    assert read_run(run).step == 2
+    assert train.main(arguments(data, run, save_every=2)) == 0
+    assert_equal_runs(run, undisturbed)
 
 
-def test_the_board_is_read_back_by_tensorboard(tmp_path):
-    board = Board(tmp_path, 0, print)
-    for step in (1, 2, 3):
-        board.scalar("train/loss", step / 2, step)
-    board.image("panel", np.zeros((5, 7, 3), np.uint8), 2)
-    board.close()
-    later = Board(tmp_path, 2, print)  # step 3 runs again
-    later.scalar("train/loss", 9.0, 3)
-    later.close()
-    found = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in found.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 9.0)]  # fmt: skip
-    assert found.Images("panel")[0].width == 7
+DAMAGED = ("byte in the middle flipped", "cut", "emptied", "deleted")
+REPORTED = (".checksums.json", "evaluation.json")
+READ = ("config.yaml", "about/metadata", "validation.json", "weights/manifest.ocdbt", "weights/_METADATA")  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "file"), [("report", f) for f in REPORTED] + [("read", f) for f in READ])  # fmt: skip
+def test_a_damaged_file_is_refused_or_said_or_changes_nothing(name, file, undisturbed, tmp_path):
+    """Some of what scripts/damage_test.py tries."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    ask = lambda: opened(name, run, tmp_path, [], tmp_path / "none.png")
+    whole = ask()
+    assert whole.status == 0
+    kinds = [d for d in damages(undisturbed) if d.file.endswith(file)]
+    if name == "report":  # it takes a second each
+        kinds = [d for d in kinds if d.name.startswith(DAMAGED)]
+    assert len(kinds) >= len(DAMAGED)
+    for damage in kinds:
+        shutil.rmtree(run)
+        shutil.copytree(undisturbed, run)
+        damage.act(run)
+        found = ask()
+        assert judged(found, whole, damage.file) in ("same", "refused", "said"), (damage.name, found)  # fmt: skip

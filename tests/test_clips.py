@@ -14,14 +14,17 @@ from sam3jax.data.clip_loader import make_clip_loader
 from sam3jax.data.clips import Sampling, draw_clip, evaluation_clips, frame_record, usable
 from sam3jax.data.coco import Annotation, decode_mask
 from sam3jax.data.examples import move_instance
+from sam3jax.data.folders import read_dataset
 from sam3jax.data.frames import FrameFiles
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import Question
 from sam3jax.data.transforms import Transform, unpack_mask
 from sam3jax.data.video_folders import read_videos
+from sam3jax.data.video_sets import open_videos
 from sam3jax.data.videos import NOT_ANNOTATED, VideoDataset
 from tests import video_folders as made
 from tests.batches import small_config
+from tests.coco_folders import write_small_shapes
 
 SAMPLING = Sampling(frames=3, max_stride=2)
 
@@ -64,6 +67,61 @@ def test_a_short_video_is_used_at_a_smaller_stride(dataset):
     said = "\n".join(usable(many, Sampling(4, 5))[1])
     assert "1 videos have fewer than 4 annotated frames" in said
     assert "2 videos are too short for stride 5" in said
+
+
+def test_a_drifting_crop_stays_inside_the_picture(dataset):
+    (video,) = dataset.videos
+    one = dataclasses.replace(video, labels=video.labels[:1])
+    sampling = Sampling(frames=4, motion=0.9)
+    for seed in range(500):
+        clip = draw_clip(one, 84, config().data, sampling, np.random.default_rng(seed))
+        for moved in clip.transforms:
+            left, top, width, height = moved.crop
+            assert left >= 0
+            assert top >= 0
+            assert left + width <= video.width + 1e-9
+            assert top + height <= video.height + 1e-9
+
+
+def test_the_stride_has_a_lower_bound_too(dataset):
+    (video,) = dataset.videos
+    steps = lambda **stride: {
+        tuple(np.abs(np.diff(f))) for f in numbers(video, Sampling(2, **stride))
+    }
+    assert steps(min_stride=2, max_stride=4) == {(2,), (3,), (4,)}
+    assert steps(min_stride=4, max_stride=4) == {(4,)}
+    short = dataclasses.replace(video, labels=video.labels[:3])
+    drawn = numbers(short, Sampling(3, min_stride=2, max_stride=4))
+    assert {tuple(np.abs(np.diff(f))) for f in drawn} == {(1, 1)}  # there is no room for more
+
+
+def test_fewer_frames_than_a_clip_are_run_to_and_fro(dataset):
+    (video,) = dataset.videos
+    two = dataclasses.replace(video, labels=video.labels[:2])
+    assert set(numbers(two, Sampling(4, 5))) == {(0, 1, 0, 1), (1, 0, 1, 0)}
+    batch = next(loader_of(dataclasses.replace(dataset, videos=(two,))))
+    assert batch.images.shape[0] == 6
+    used, lines = usable(dataclasses.replace(dataset, videos=(two,)), SAMPLING)
+    assert len(used.videos) == 1
+    assert any("run to and fro" in line for line in lines)
+
+
+def test_a_coco_folder_of_pictures_is_taken_as_videos_of_one_frame(tmp_path):
+    root = write_small_shapes(tmp_path / "shapes", train=3, valid=2)
+    settings = {"data": {"train": str(root), "max_prompts": 3, "negatives": 1}, "task": "clips"}
+    train, valid, lines = open_videos(config(**settings))
+    assert (len(train.videos), len(valid.videos)) == (3, 2)
+    assert any("3 videos of one annotated frame become clips by motion" in line for line in lines)
+    pictures = read_dataset(root, "train")
+    boxes = lambda annotations: [(a.category_id, a.bbox) for a in annotations]
+    read = [boxes(r.annotations) for r in pictures.images]
+    assert read == [boxes(v.labels[0].annotations) for v in train.videos]
+    phrases = tuple(pictures.categories.values())
+    tokens = np.ones((len(phrases), 16), np.int32)
+    batch = next(make_clip_loader(train, phrases, tokens, config(**settings), SAMPLING))
+    first, last = batch.images[0].astype(int), batch.images[2].astype(int)
+    assert np.abs(first - last).mean() > 1  # the crop moved
+    assert batch.targets.num_targets.sum() > 0
 
 
 def test_only_annotated_frames_are_drawn(tmp_path):
@@ -126,6 +184,20 @@ def test_a_batch_holds_what_the_frames_show(dataset):
                     rows = np.flatnonzero(want.any(1))
                     middle = (rows[0] + rows[-1] + 1) / 2 / want.shape[0]
                     np.testing.assert_allclose(batch.targets.boxes[i, slot, 1], middle, atol=1e-6)
+
+
+def test_void_pixels_lie_in_a_batch_where_they_lie_in_the_frame(dataset, tmp_path):
+    palette = read_videos(made.write_palette(tmp_path), "train")
+    palette = dataclasses.replace(palette, categories=dict.fromkeys(palette.categories, "cat"))
+    batch = next(loader_of(palette))
+    size = batch.images.shape[1]
+    void = unpack_mask(batch.targets.void, size)
+    for i, frame in enumerate(batch.frame):
+        picture = Image.fromarray((made.index_masks()[frame] == 255).astype(np.uint8) * 255)
+        large = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(void[i], large >= 128)
+        assert void[i].any()
+    assert next(loader_of(dataset)).targets.void is None  # nothing to carry where there is none
 
 
 def test_a_phrase_is_asked_where_any_frame_shows_it(dataset):

@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from sam3jax.data.coco import Annotation, ImageRecord
 from sam3jax.viewing import draw
+from sam3jax.viewing.charts import curves
 from sam3jax.viewing.draw import Instance
 
 
@@ -26,7 +27,8 @@ def test_fill_and_outline_differ_from_any_background(background):
     picture = np.full((480, 640, 3), background, np.uint8)
     drawn = np.asarray(draw.overlay(picture, [disk()])).astype(int)
     inside, far = drawn[200, 300], drawn[460, 20]
-    assert np.abs(inside - background).max() > 40
+    # The fill is a hint, so that a red circle stays red under a blue one; the outline is what shows.
+    assert 20 < np.abs(inside - background).max() < 60
     np.testing.assert_array_equal(far, background)
     # Across the outline there is a dark and a bright line: one of them shows on any background.
     lightness = drawn[200, 355:368].mean(axis=1)
@@ -158,11 +160,11 @@ def test_predictions_have_the_colour_of_the_truth_they_lie_on():
 
 def test_curves_are_valid_svg_in_the_pages_ink():
     points = [(k, 1.0 / (k + 1)) for k in range(50)]
-    svg = draw.curves({"loss <a>": points, "b": points[:1]}, title="loss & more", logarithmic=True)
+    svg = curves({"loss <a>": points, "b": points[:1]}, title="loss & more", logarithmic=True)
     root = ElementTree.fromstring(svg)
     assert root.tag.endswith("svg")
     assert "viewBox" in root.attrib
     assert "width" not in root.attrib
     assert "loss & more" in "".join(root.itertext())
     assert "#000000" not in svg
-    assert draw.curves({"empty": []}, title="none")
+    assert curves({"empty": []}, title="none")

@@ -94,6 +94,36 @@ def test_a_picture_asked_in_several_rows_gets_the_answers_of_each_phrase_alone(r
             np.testing.assert_allclose(ours, alone.predict(phrase, threshold=0).scores, atol=1e-5)
 
 
+def test_corrections_are_asked_of_the_model_and_leave_the_first_answer_alone(run, folder):
+    dataset = read_dataset(folder, "valid")
+    phrases = vocabulary(run.config.data, dataset)
+
+    def ask(steps: int):
+        config = run.config.evaluation.model_copy(update={"interactive_steps": steps})
+        detector = Detector(run.model, config)
+        encode, answer, calls = detector.encode_image, detector.ask, []
+        detector.encode_image = lambda *a: calls.append("encode") or encode(*a)
+        detector.ask = lambda *a: calls.append((a[-1], found := answer(*a))) or found
+        loader = make_eval_loader(
+            dataset, phrases, run.tokenizer(phrases), run.config, targets=False
+        )
+        found = evaluate_dataset(detector, run.variables, loader, dataset, config, batches=2)
+        return found, [c for c in calls if c != "encode"], calls.count("encode")
+
+    (plain, _, pictures), (corrected, asked, encoded) = ask(0), ask(2)
+    assert corrected.predictions == plain.predictions
+    assert {n: corrected.metrics[n] for n in plain.metrics} == plain.metrics
+    further = {n.split("/")[0] for n in corrected.metrics if n not in plain.metrics}
+    assert further == {"exemplars_1", "exemplars_2"}
+    assert encoded == pictures  # for all rounds
+    # What is missed once is shown once; nothing is found in vain above the threshold.
+    assert [bool(p.box_valid.any()) for p, _ in asked] == [False, True] * 2
+    before, after = (np.asarray(found.scores) for _, found in asked[:2])
+    shown = np.asarray(asked[1][0].box_valid).any(-1).ravel()
+    assert shown.any()
+    assert np.abs(before - after).max(-1)[shown].min() > 1e-4  # the boxes reach the model
+
+
 def test_only_what_was_asked_is_counted(run, folder):
     dataset = read_dataset(folder, "valid")
     phrases = vocabulary(run.config.data, dataset)
@@ -210,9 +240,10 @@ import sys, jax
 jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
 from sam3jax.evaluation.ask import _of_all_processes
 me = jax.process_index()
-asked, found = _of_all_processes({{(f"é{{me}}", k) for k in range(3 + me)}}, [{{"score": me / 7}}] * (1 + 5 * me))
+own = [{{"score": me / 7}}] * (1 + 5 * me)
+asked, rounds = _of_all_processes({{(f"é{{me}}", k) for k in range(3 + me)}}, [own, own[:1]])
 assert len(asked) == 7 and ("é1", 3) in asked and ("é0", 0) in asked, asked
-assert [r["score"] for r in found] == [0.0] + [1 / 7] * 6, found
+assert [[r["score"] for r in found] for found in rounds] == [[0.0] + [1 / 7] * 6, [0.0, 1 / 7]], rounds
 """
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -24,7 +24,12 @@ FLOORS = (
     ("evaluation",),
     ("tasks",),
     ("training",),
-    ("predict_video", "predict_clicks", "evaluate_clicks"),  # the half of `predict` for films
+    (
+        "predict_video",
+        "predict_clicks",
+        "evaluate_clicks",
+        "doctor_videos",
+    ),  # halves of the doors below
     ("train", "evaluate", "predict", "doctor", "report", "settings", "plan", "app"),
     ("demo_video",),  # the half of `demo` for videos
     ("demo",),  # trains and evaluates

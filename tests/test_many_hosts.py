@@ -17,7 +17,7 @@ from tests.coco_folders import write_small_shapes
 pytestmark = pytest.mark.slow
 
 SETTINGS = {
-    "batch_size": 4, "save_every": 2, "log_every": 1, "eval_every": 2, "lora.targets": list(DECODER),
+    "batch_size": 4, "save_every": 2, "log_every": 1, "eval_every": 3, "lora.targets": list(DECODER),
     "optim.learning_rate": 1e-2, "optim.schedule": "constant", "optim.warmup_steps": 1,
     "evaluation.panels": 1, "evaluation.batch_size": 2,
     **{f"model.{k}": v for k, v in {**SMALL_MODEL, "decoder_layers": 1}.items()},
@@ -29,8 +29,13 @@ def data(tmp_path_factory):
     return write_small_shapes(tmp_path_factory.mktemp("data"), train=12, valid=5)
 
 
-def run_processes(count: int, devices: int, cache: Path, arguments: list[str]) -> list[str]:
-    """What each of `count` processes of the training command said; fails where one failed."""
+def run_processes(
+    count: int, devices: int, cache: Path, arguments: list[str], stop: str | None = None
+) -> list[str]:
+    """What each of `count` processes of the training command said; fails where one failed.
+
+    stop: behind this line of the first process the last one alone is sent SIGTERM; then all are to end by it.
+    """
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = {
         **os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -46,8 +51,13 @@ def run_processes(count: int, devices: int, cache: Path, arguments: list[str]) -
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         joined = [*command, *own] if count > 1 else command
         running.append(subprocess.Popen(joined, env=environment, **pipes))
-    said = [process.communicate(timeout=400)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * count, "\n".join(said)
+    for line in running[0].stdout if stop else ():
+        if line.startswith(stop):
+            running[-1].terminate()
+            break
+    said = [process.stdout.read() for process in running]
+    ended = [process.wait(timeout=400) for process in running]
+    assert ended == [143 if stop else 0] * count, "\n".join(said)
     return said
 
 
@@ -59,19 +69,22 @@ def lines(run: Path) -> list[dict]:
 
 
 def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
-    def train_to(steps: int, name: str, count: int, devices: int) -> list[str]:
-        settings = {"output": tmp_path / name, "data.train": data, "steps": steps, **SETTINGS}
+    def train(name: str, count: int, devices: int, stop: str | None = None) -> list[str]:
+        settings = {"output": tmp_path / name, "data.train": data, "steps": 6, **SETTINGS}
         arguments = [f"{k}={v}" for k, v in settings.items()]
-        return run_processes(count, devices, tmp_path / "cache", arguments)
+        return run_processes(count, devices, tmp_path / "cache", arguments, stop)
 
-    train_to(4, "one", count=1, devices=2)
-    first = train_to(2, "two", count=2, devices=1)
-    then = train_to(4, "two", count=2, devices=1)
-    assert "starts at step 0" in first[0]
-    assert "continues at step 2" in then[0]
-    assert "at step" not in first[1] + then[1]  # the first process speaks for all
+    train("one", count=1, devices=2)
+    first = train("two", count=2, devices=1, stop="step 1/6")
+    then = train("two", count=2, devices=1)
+    assert "SIGTERM: " not in first[0]
+    assert "SIGTERM: " in first[1]
+    # They compare notes every fifth step.
+    assert all("stopped at step 5, the same command continues" in said for said in first)
+    assert "continues at step 5" in then[0]
+    assert "at step" not in then[1]  # the first process speaks for all
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [line["step"] for line in one] == [1, 2, 2, 3, 4, 4]
+    assert [line["step"] for line in one] == [1, 2, 3, 3, 4, 5, 6, 6]
     for a, b in zip(one, two, strict=True):
         assert a.pop("split") == b.pop("split")
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)

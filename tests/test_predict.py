@@ -309,3 +309,79 @@ def test_what_a_file_manager_left_in_a_folder_is_no_picture(tmp_path):
         Image.new("RGB", (4, 4)).save(file)
     found = find_pictures([str(tmp_path / ".photos")])
     assert [f.name for f in found] == ["a.png", "c.png"]
+
+
+def test_a_large_picture_is_looked_at_in_tiles_of_the_models_size(command, predictor, tmp_path, monkeypatch):  # fmt: skip
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.png")
+    Image.fromarray(pixels[:30, :40]).save(tmp_path / "small.png")
+    sizes, real = [], predictor.set_images
+    monkeypatch.setattr(predictor, "set_images", lambda p: [sizes.append(i.size) for i in p] and real(p))  # fmt: skip
+    output = tmp_path / "out"
+    words = ("--phrase", "cat", "--phrase", "tree", "--threshold", "0", "--output", output)
+    assert command(tmp_path, "--tile", *words) == 0
+    assert sizes == [(100, 70), *[(42, 42)] * 6, (40, 30)]
+    record = json.loads((output / "predictions.json").read_text())
+    large = [a for a in record["annotations"] if a["image_id"] == 1]
+    assert {a["category_id"] for a in large} == {1, 2}
+    assert all(a["segmentation"]["size"] == [70, 100] for a in large)
+    assert [a["id"] for a in record["annotations"]] == [*range(1, len(record["annotations"]) + 1)]
+
+
+def test_a_picture_that_is_squashed_much_is_said(command, tmp_path, capsys):
+    Image.new("RGB", (169, 20)).save(tmp_path / "wide.png")
+    Image.new("RGB", (168, 20)).save(tmp_path / "less.png")
+    words = ("--phrase", "cat", "--threshold", "1", "--no-overlay", "--output", tmp_path / "out")
+    assert command(tmp_path, *words) == 0
+    said = capsys.readouterr().err
+    assert (
+        f"note: 1 pictures, {tmp_path}/wide.png (169 x 20) first, were squashed more than 4 times to 42 x 42"
+        in said
+    )
+    assert command(tmp_path, "--tile", *words) == 0
+    assert "squashed" not in capsys.readouterr().err
+
+
+def test_a_call_replaces_the_overlays_of_the_one_before_and_no_picture(command, tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{name}.png")
+    output, words = (
+        tmp_path / "out",
+        ("--phrase", "cat", "--threshold", "1", "--output", tmp_path / "out"),
+    )
+    assert command(tmp_path / "a.png", tmp_path / "b.png", *words) == 0
+    (output / "mine.png").write_bytes(b"mine")
+    assert command(tmp_path / "a.png", *words) == 0
+    assert sorted(f.name for f in output.iterdir()) == ["a.png", "mine.png", "predictions.json"]
+    assert command(output / "a.png", "--no-overlay", *words) == 0  # an overlay as an input
+    assert sorted(f.name for f in output.iterdir()) == ["a.png", "mine.png", "predictions.json"]
+
+
+def test_finds_are_written_for_other_tools_and_replaced_by_the_next_call(command, tmp_path, capsys):
+    for name in ("one", "two"):
+        Image.fromarray(photograph(61, 45)).save(tmp_path / f"{name}.png")
+    out = tmp_path / "out"
+    words = ["--phrase", "red circle", "--format", "yolo", "--format", "cvat", "--output", out]
+    assert command(tmp_path / "one.png", tmp_path / "two.png", *words) == 0
+    labels = out / "yolo" / "labels"
+    assert sorted(f.name for f in labels.iterdir()) == ["one.txt", "two.txt"]
+    found = json.loads((out / "predictions.json").read_text())["annotations"]
+    assert (out / "cvat.xml").read_text().count("<mask ") == sum(a["area"] > 0 for a in found)
+    assert command(tmp_path / "one.png", *words) == 0
+    assert [f.name for f in labels.iterdir()] == ["one.txt"]
+    capsys.readouterr()
+    other = tmp_path / "other"
+    (other / "yolo").mkdir(parents=True)  # the user's own
+    assert command(tmp_path / "one.png", *words[:-1], other) == 2
+    assert "was there before" in capsys.readouterr().err
+
+
+def test_detections_as_supervision_has_them(predictor):
+    pytest.importorskip("supervision", reason="an optional extra")
+    predictor.set_image(photograph(61, 45))
+    found = predictor.predict("red circle")
+    theirs = found.to_supervision("red circle", 3)
+    assert len(theirs) == len(found)
+    assert theirs.mask.shape == (len(found), 45, 61)
+    assert set(theirs.class_id) <= {3}
+    assert set(theirs["class_name"]) <= {"red circle"}

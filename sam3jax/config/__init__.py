@@ -5,7 +5,14 @@ from sam3jax.config.clicks import ClicksConfig
 from sam3jax.config.clips import ClipsConfig
 from sam3jax.config.data import DataConfig
 from sam3jax.config.learning import EvalConfig, OptimConfig
-from sam3jax.config.loading import dump_config, explain, load_config, parse_config, read_settings
+from sam3jax.config.loading import (
+    dump_config,
+    explain,
+    load_config,
+    parse_config,
+    read_settings,
+    with_settings,
+)
 from sam3jax.config.loss import LossConfig
 from sam3jax.config.model import PRESETS, LoraConfig, ModelConfig
 from sam3jax.config.schema import Config
@@ -13,5 +20,5 @@ from sam3jax.config.section import ConfigError
 
 __all__ = [
     "PRESETS", "ClicksConfig", "ClipsConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
-    "OptimConfig", "dump_config", "explain", "load_config", "parse_config", "read_settings",
+    "OptimConfig", "dump_config", "explain", "load_config", "parse_config", "read_settings", "with_settings",
 ]  # fmt: skip

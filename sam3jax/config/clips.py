@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sam3jax.config.section import Section
 
@@ -11,11 +11,17 @@ class ClipsConfig(Section):
     """How clips are cut from videos, and how many frames are worked on at once."""
 
     frames: int = Field(default=4, ge=1, le=10_000, description="Frames of a clip.")
+    min_stride: int = Field(
+        default=1,
+        ge=1,
+        le=10_000,
+        description="Smallest step from one frame of a clip to the next, in annotated frames; smaller in short videos.",
+    )
     max_stride: int = Field(
         default=5,
         ge=1,
         le=10_000,
-        description="Largest step from one frame of a clip to the next, in annotated frames; drawn from 1 up.",
+        description="Largest step from one frame of a clip to the next, in annotated frames; drawn from min_stride up.",
     )
     reverse: float = Field(
         default=0.5, ge=0, le=1, description="Share of the clips that run backwards."
@@ -42,3 +48,11 @@ class ClipsConfig(Section):
     generated_frames: int = Field(
         default=12, ge=1, le=1000, description="Frames of a video where data.train is shapes."
     )
+
+    @model_validator(mode="after")
+    def _strides(self) -> ClipsConfig:
+        if self.min_stride > self.max_stride:
+            raise ValueError(
+                f"min_stride ({self.min_stride}) is above max_stride ({self.max_stride})"
+            )
+        return self

@@ -113,6 +113,13 @@ class EvalConfig(Section):
         le=1,
         description="IoU of masks above which the weaker of two detections is dropped. null: drop none.",
     )
+    interactive_steps: int = Field(
+        default=0,
+        ge=0,
+        le=20,
+        description="Rounds of correction: each wrong answer is shown one more box, around what it missed or found "
+        "in vain, and asked again; metrics exemplars_1/... and on. 0: none.",
+    )
     batches: int | None = Field(
         default=None,
         ge=1,

@@ -39,6 +39,16 @@ def parse_config(raw: Mapping[str, Any], section: type[S] = Config) -> S:
         raise ConfigError("; ".join(explain(error, section))) from None
 
 
+def with_settings(config: Config, words: Sequence[str], sections: Sequence[str]) -> Config:
+    """A configuration with further settings, of these sections alone. Raises ConfigError."""
+    for word in words:
+        if word.partition("=")[0].partition(".")[0] not in sections:
+            raise ConfigError(
+                f"{word!r}: of a run that is there only settings of {' and '.join(sections)} can differ"
+            )
+    return parse_config(read_settings(words, Config, config.model_dump(mode="json")))
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to the same Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -76,7 +76,31 @@ class Config(Section):
         strict=False,
         description="Shell patterns of torch parameter names that train beside the adapters.",
     )
-    steps: int = Field(default=1000, ge=1, le=BILLION, description="Steps of the training.")
+    steps: int = Field(
+        default=1000,
+        ge=1,
+        le=BILLION,
+        description="Steps of the training. Counted from `epochs` where these are set.",
+    )
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=1_000_000,
+        description="Times that every picture (or video) is shown, in the place of `steps`. null: `steps` says it.",
+    )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        le=BILLION,
+        description="Validations in a row that may be no better than the best one before the run ends. 0: it goes on "
+        "to the last step.",
+    )
+    min_improvement: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e9,
+        description="By how much a validation must be better to count, for `patience`; in units of best_metric.",
+    )
     batch_size: int = Field(
         default=1,
         ge=1,
@@ -116,6 +140,11 @@ class Config(Section):
         ge=0,
         le=1000,
         description="First training batches that are drawn into batches/, as the model sees them. 0: none.",
+    )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        strict=False,
+        description="Where curves and panels go beside metrics.jsonl. wandb and mlflow are packages to install.",
     )
     keep: int = Field(
         default=2, ge=1, le=1_000_000, description="Newest checkpoints kept, beside the best one."

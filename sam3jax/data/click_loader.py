@@ -61,11 +61,12 @@ def make_click_loader(
     rows = tuple(row for row, record in enumerate(dataset.images) if clickable(record))
     dataset = with_objects(dataset)
     local = local_size(config.batch_size, process_count, "batch_size")
+    order = Order(dataset, config.seed, config.data.repeat_threshold)
     batch_of = Opaque(
         _train_batch,
         dataset=dataset,
         rows=rows,
-        order=Order(dataset, config.seed, config.data.repeat_threshold),
+        order=order,
         config=config,
         objects=objects_of(dataset, config),
         stored=stored_clicks(dataset),
@@ -79,7 +80,7 @@ def make_click_loader(
         for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield ClickBatch(**arrays)
 
-    return TrainLoader(stream, config.batch_size, identity)
+    return TrainLoader(stream, config.batch_size, identity, len(order))
 
 
 def make_click_eval_loader(

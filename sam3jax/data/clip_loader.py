@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from pycocotools import mask as rle_codec
 
 from sam3jax.config import Config
 from sam3jax.data import transforms
@@ -36,7 +37,7 @@ from sam3jax.data.loader import TrainLoader
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import Question, Shapes
 from sam3jax.data.streams import ENDLESS, Opaque, local_size, run_ahead
-from sam3jax.data.videos import VideoDataset
+from sam3jax.data.videos import Video, VideoDataset
 from sam3jax.types import ClipBatch
 
 NO_OBJECT = -1  # object_id of a row of `boxes` and `masks` that holds nothing
@@ -76,6 +77,8 @@ def make_clip_loader(
         stride=clips,
         offset=process_index * local,
         local=local,
+        void=config.loss.reads_masks
+        and any(f.void is not None for v in dataset.videos for f in v.labels),
     )
     identity = {"videos": len(dataset.videos), "frames": sampling.frames, "seed": config.seed}
 
@@ -83,7 +86,7 @@ def make_clip_loader(
         for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield clip_batch(arrays, tokens)
 
-    return TrainLoader(stream, config.batch_size, identity)
+    return TrainLoader(stream, config.batch_size, identity, len(dataset.videos) * sampling.frames)
 
 
 def clip_arrays(
@@ -95,9 +98,12 @@ def clip_arrays(
     *,
     number: int = 0,
     masks: bool = True,
+    void: bool = False,
     change: Change | None = None,
 ) -> Arrays:
     """The F rows of one clip. An object has the same row of `boxes` and `masks` in all frames.
+
+    void: with the pixels of which nobody knows what they are.
 
     objects: the id of each object that `Question.targets` counts; number: of the clip in its batch. change: of
     the pixels of all frames.
@@ -114,6 +120,8 @@ def clip_arrays(
             "frame": np.int32(frame),
             "stage": np.int32(step),
         }
+        if void:
+            out["void"] = _void(clip.video, frame, transform)
         here = {(a.id, a.category_id): a for a in clip.video.labels[frame].annotations}
         there: dict[int, int] = {}
         for k, slot in slots.items():
@@ -129,6 +137,14 @@ def clip_arrays(
             put_question(out, p, question, there, text_ids)
         rows.append(out)
     return stack(rows)
+
+
+def _void(video: Video, frame: int, transform: transforms.Transform) -> np.ndarray:
+    """[Y, ceil(X / 8)] packed."""
+    rle = video.labels[frame].void
+    if rle is None:
+        return transforms.pack_mask(np.zeros(transform.canvas[::-1], bool))
+    return transforms.pack_mask(transforms.move_mask(transform, rle_codec.decode(rle) > 0))
 
 
 def clip_batch(arrays: Arrays, tokens: np.ndarray) -> ClipBatch:
@@ -161,6 +177,7 @@ def _clip_batch(
     stride: int,
     offset: int,
     local: int,
+    void: bool,
 ) -> Arrays:
     clips = []
     for place in range(offset, offset + local):
@@ -176,7 +193,7 @@ def _clip_batch(
         clips.append(
             clip_arrays(
                 clip, questions, objects, text_ids, shapes,
-                number=place, masks=config.loss.reads_masks,
+                number=place, masks=config.loss.reads_masks, void=void,
                 change=draw_change(np.random.default_rng((config.seed, epoch, row, 2)), config.data),
             )
         )  # fmt: skip

@@ -24,7 +24,7 @@ from sam3jax.data.videos import Video, VideoDataset
 
 
 class Sampling(NamedTuple):
-    """How clips are cut. frames: of a clip; max_stride: annotated frames from one to the next, at most.
+    """How clips are cut. frames: of a clip; min_stride, max_stride: annotated frames from one to the next.
 
     reverse: probability of going backwards. motion: of a still picture, as a share of its edges.
     max_objects: of a clip.
@@ -35,6 +35,7 @@ class Sampling(NamedTuple):
     reverse: float = 0.5
     motion: float = 0.15
     max_objects: int = 300
+    min_stride: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ def draw_clip(
     drift = rng.uniform(-1, 1, 2)
     place = video.annotated
     most = max((len(place) - 1) // max(sampling.frames - 1, 1), 1)
-    stride = 1 + int(stride_draw * min(sampling.max_stride, most))
+    least = min(sampling.min_stride, most)
+    stride = least + int(stride_draw * (min(sampling.max_stride, most) - least + 1))
     span = (sampling.frames - 1) * stride + 1
     first = int(start_draw * max(len(place) - span + 1, 1))
     numbers = [place[_to_and_fro(first + k * stride, len(place))] for k in range(sampling.frames)]
@@ -199,6 +201,7 @@ def _drifting(
     )
     out = []
     for k in range(frames):
-        x, y = start + drift * extent * k / (frames - 1)
+        # Clipped again: rounding may leave the picture by a hair, which Pillow refuses.
+        x, y = np.clip(start + drift * extent * k / (frames - 1), 0, extent - size)
         out.append(replace(transform, crop=(float(x), float(y), float(size[0]), float(size[1]))))
     return out

@@ -133,7 +133,7 @@ def to_prompts(arrays: Arrays) -> Prompts:
 def to_targets(arrays: Arrays) -> Targets:
     """The targets of stacked rows."""
     fields = ("boxes", "masks", "mask_valid", "index", "num_targets", "is_exhaustive")
-    return Targets(**{field: arrays[field] for field in fields})
+    return Targets(**{field: arrays[field] for field in fields}, void=arrays.get("void"))
 
 
 def move_instance(

@@ -17,6 +17,7 @@ import numpy as np
 
 from sam3jax.data.folders import PICTURES
 from sam3jax.data.pictures import DEFAULT, DataError, Reading, displayed_size, open_rgb
+from sam3jax.data.records import ImageRecord
 
 FILMS = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
 _SKIP = 32  # frames decoded and dropped rather than sought
@@ -61,6 +62,23 @@ class FrameFiles(Sequence[np.ndarray]):
                 f"size; resize them, or split the video"
             )
         return np.asarray(picture)
+
+
+class Still(Sequence[np.ndarray]):
+    """A picture of a data set as a video of one frame."""
+
+    rate = 1.0
+
+    def __init__(self, record: ImageRecord) -> None:
+        self._record, self.width, self.height = record, record.width, record.height
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if number not in (0, -1):
+            raise IndexError(number)
+        return np.asarray(self._record.open())
 
 
 class Film(Sequence[np.ndarray]):

@@ -40,10 +40,20 @@ class EvalBatch:
 
 
 class TrainLoader:
-    """An endless iterator over this process's part of the training batches, with a small state."""
+    """An endless iterator over this process's part of the training batches, with a small state.
 
-    def __init__(self, stream: Callable[[int], Iterator[Any]], batch_size: int, identity: dict):
+    epoch: pictures (of clips: frames) after which every one was shown, over all processes.
+    """
+
+    def __init__(
+        self,
+        stream: Callable[[int], Iterator[Any]],
+        batch_size: int,
+        identity: dict[str, int],
+        epoch: int,
+    ) -> None:
         self._stream, self._batch_size, self._identity = stream, batch_size, identity
+        self.epoch = epoch
         self._next = 0
         self._iterator: Any = None  # of the stream, a generator
 
@@ -131,7 +141,7 @@ def make_train_loader(
         for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield to_batch(arrays, tokens)
 
-    return TrainLoader(stream, config.batch_size, identity)
+    return TrainLoader(stream, config.batch_size, identity, len(batch_of.order))
 
 
 def make_eval_loader(
@@ -189,7 +199,7 @@ class _TrainBatch:
         self._dataset, self._config, self._shapes, self._rows = dataset, config, shapes, rows
         self._names = asking.trained_phrases(dataset)
         self._text_ids = {phrase: k for k, phrase in enumerate(phrases)}
-        self._order = Order(dataset, config.seed, config.data.repeat_threshold)
+        self.order = Order(dataset, config.seed, config.data.repeat_threshold)
 
     def __repr__(self) -> str:
         return "TrainBatch"
@@ -199,7 +209,7 @@ class _TrainBatch:
 
     def _row(self, position: int) -> Arrays:
         config = self._config
-        turn, row = self._order(position)
+        turn, row = self.order(position)
         record = self._dataset.images[row]
         place = dict(seed=config.seed, epoch=turn, row=row)
         questions = asking.training_questions(

@@ -34,18 +34,20 @@ class Order:
             self._copy = np.concatenate([np.arange(n) for n in counts])
             self._copies = int(counts.max())
 
+    def __len__(self) -> int:
+        """Pictures of an epoch, repeated ones counted as often as they are shown."""
+        return self._pictures if self._rows is None else len(self._rows)
+
     def __call__(self, position: int) -> tuple[int, int]:
         """(turn, row): how often the picture was shown before, at most, and which one it is."""
-        size = self._pictures if self._rows is None else len(self._rows)
-        epoch, place = position // size, int(self._shuffled[position])
+        epoch, place = position // len(self), int(self._shuffled[position])
         if self._rows is None:
             return epoch, place
         return epoch * self._copies + int(self._copy[place]), int(self._rows[place])
 
     @functools.cached_property
     def _shuffled(self) -> Any:  # a grain.MapDataset of int
-        size = self._pictures if self._rows is None else len(self._rows)
-        return grain.MapDataset.range(size).seed(self._seed).shuffle().repeat()
+        return grain.MapDataset.range(len(self)).seed(self._seed).shuffle().repeat()
 
 
 def repeat_factors(dataset: Dataset, threshold: float) -> np.ndarray:

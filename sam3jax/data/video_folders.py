@@ -15,6 +15,36 @@ from sam3jax.data.pictures import DataError
 from sam3jax.data.videos import VideoDataset
 
 
+def looks_like_videos(path: str | Path) -> bool:
+    """Whether there is video data at `path`; found by names of files and sections, nothing is parsed."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        return _names_videos(root)
+    if not root.is_dir():
+        return False
+    folders = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
+    return any(_holds_videos(folder) for folder in folders)
+
+
+def _holds_videos(folder: Path) -> bool:
+    masks = (
+        folder / "Annotations"
+    )  # Pascal VOC has a folder of this name too, without folders in it
+    if (folder / "JPEGImages").is_dir() and masks.is_dir() and any(p.is_dir() for p in masks.iterdir()):  # fmt: skip
+        return True
+    if video_masks.mot_folders(folder) or any(folder.glob("*_manual.json")):
+        return True
+    return any(_names_videos(file) for file in sorted(folder.glob("*.json")))
+
+
+def _names_videos(file: Path) -> bool:
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return False
+    return b'"videos"' in data and b'"images"' not in data
+
+
 def read_videos(
     path: str | Path, split: str | None = None, *, allow_outside: bool = False
 ) -> VideoDataset:

@@ -1,5 +1,6 @@
 """The videos that a configuration names, and their annotated frames as a data set of pictures.
 
+A COCO folder of pictures is taken too: each picture is a video of one frame.
 Validation, the vocabulary and the checks of pictures read the second: one set of rules for both.
 """
 
@@ -14,13 +15,21 @@ from PIL import Image
 
 from sam3jax.config import Config
 from sam3jax.data.clips import Sampling, frame_record, phrases_of_videos, usable
-from sam3jax.data.datasets import check_training, reading_of
-from sam3jax.data.frames import Frames
+from sam3jax.data.datasets import check_training, read_dataset_of, reading_of
+from sam3jax.data.folders import find_splits, has_split
+from sam3jax.data.frames import Frames, Still
 from sam3jax.data.ledger import DataError, Ledger
 from sam3jax.data.moving_shapes import moving_shapes_dataset
 from sam3jax.data.records import Dataset, ImageRecord
-from sam3jax.data.video_folders import read_videos
-from sam3jax.data.videos import VideoDataset, annotation_of_rle, read_as, rename_phrases
+from sam3jax.data.video_folders import looks_like_videos, read_videos
+from sam3jax.data.videos import (
+    FrameLabels,
+    Video,
+    VideoDataset,
+    annotation_of_rle,
+    read_as,
+    rename_phrases,
+)
 
 _SHAPES = "shapes"  # what data.train says for generated videos
 
@@ -54,7 +63,7 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
     valid = None
     if data.valid is not None:
         valid = _read(config, data.valid, data.valid_split)
-    elif data.train == _SHAPES or _has_split(Path(data.train).expanduser(), data.valid_split):
+    elif data.train == _SHAPES or _has_split(data.train, data.valid_split):
         valid = _read(config, data.train, data.valid_split)
     train, lines = usable(train, sampling_of(config))
     if not train.videos:
@@ -71,8 +80,8 @@ def open_frames(config: Config) -> tuple[Dataset, Dataset | None]:
     return pictures_of(train), None if valid is None else pictures_of(valid)
 
 
-def frames_named(config: Config, path: str | None, split: str | None) -> Dataset:
-    """The annotated frames of the videos that `path` and `split` name; by default the validation's.
+def videos_named(config: Config, path: str | None, split: str | None) -> VideoDataset:
+    """The videos that `path` and `split` name; by default the validation's.
 
     Raises DataError.
     """
@@ -81,15 +90,15 @@ def frames_named(config: Config, path: str | None, split: str | None) -> Dataset
         _, valid, _ = open_videos(config)
         if valid is None:
             raise DataError("the run has no validation data: give --data, or --split train")
-        return pictures_of(valid)
+        return valid
     own = data.train_split if path is None else data.valid_split
-    return pictures_of(_read(config, path or data.train or "", split or own))
+    return _read(config, path or data.train or "", split or own)
 
 
 def sampling_of(config: Config) -> Sampling:
     """How clips are cut."""
     c = config.clips
-    return Sampling(c.frames, c.max_stride, c.reverse, c.motion, c.max_objects)
+    return Sampling(c.frames, c.max_stride, c.reverse, c.motion, c.max_objects, c.min_stride)
 
 
 def pictures_of(dataset: VideoDataset) -> Dataset:
@@ -97,11 +106,15 @@ def pictures_of(dataset: VideoDataset) -> Dataset:
 
     Void pixels are a crowd of every phrase: what is found there is neither right nor wrong.
     """
-    categories = tuple(phrases_of_videos(dataset))
     ledger = Ledger()
-    records = tuple(_frames(dataset, categories))
+    records = frame_records(dataset)
     stated = sum(a.segmentation is not None for r in records for a in r.annotations)
     return Dataset(dataset.name, records, dataset.categories, ledger, stated_masks=stated)
+
+
+def frame_records(dataset: VideoDataset) -> tuple[FrameRecord, ...]:
+    """Every annotated frame of every video."""
+    return tuple(_frames(dataset, tuple(phrases_of_videos(dataset))))
 
 
 def _frames(dataset: VideoDataset, categories: tuple[int, ...]) -> Iterator[FrameRecord]:
@@ -129,10 +142,24 @@ def _frames(dataset: VideoDataset, categories: tuple[int, ...]) -> Iterator[Fram
             id += 1
 
 
+def videos_of(pictures: Dataset) -> VideoDataset:
+    """Every picture as a video of one frame: clips of it are made by motion."""
+
+    def video(record: ImageRecord) -> Video:
+        labels = (FrameLabels(record.annotations),)
+        known = (record.negative_ids, record.not_exhaustive_ids)
+        return Video(record.id, record.file.name, Still(record), labels, *known)
+
+    videos = tuple(map(video, pictures.images))
+    return VideoDataset(pictures.name, videos, pictures.categories, pictures.problems)
+
+
 def _read(config: Config, path: str, split: str) -> VideoDataset:
     data = config.data
     if path == _SHAPES:
         return moving_shapes_dataset(split, data, config.clips.generated_frames)
+    if _is_pictures(path):
+        return videos_of(read_dataset_of(config, path, split))
     dataset = read_as(read_videos(path, split, allow_outside=data.allow_outside), reading_of(data))
     if data.limit is not None:
         dataset = replace(dataset, videos=dataset.videos[: data.limit])
@@ -140,8 +167,21 @@ def _read(config: Config, path: str, split: str) -> VideoDataset:
     return rename_phrases(dataset, data.phrases) if named else dataset
 
 
-def _has_split(root: Path, split: str) -> bool:
-    """Whether a folder of videos has a part of this name, as `read_videos` looks for it."""
+def _is_pictures(path: str) -> bool:
+    """Whether there is a COCO data set of pictures, and no video."""
+    if looks_like_videos(path):
+        return False
+    try:
+        return bool(find_splits(path))
+    except DataError:
+        return False  # what is missing for videos is said
+
+
+def _has_split(path: str, split: str) -> bool:
+    """Whether a folder has a part of this name, as `_read` looks for it."""
+    if _is_pictures(path):
+        return has_split(path, split)
+    root = Path(path).expanduser()
     if not root.is_dir():
         return False
     listed = (root / "ImageSets").rglob(f"{split}.txt")

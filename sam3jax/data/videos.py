@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools import mask as rle_codec
 
 from sam3jax.data.coco import Annotation
-from sam3jax.data.frames import Film, FrameFiles
+from sam3jax.data.frames import Film, FrameFiles, Still
 from sam3jax.data.pictures import DataError, Reading
 
 VOID = 255  # of palette masks: a pixel of which nobody knows what it is
@@ -44,7 +44,7 @@ class Video:
 
     id: int
     name: str
-    frames: FrameFiles | Film
+    frames: FrameFiles | Film | Still
     labels: tuple[FrameLabels, ...]
     negative_ids: frozenset[int] | None = None
     not_exhaustive_ids: frozenset[int] = frozenset()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.loader import EvalBatch, make_eval_loader
 from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.evaluation.ground_truth import Pair
+from sam3jax.evaluation.interactive import answer_and_correct
 from sam3jax.evaluation.metrics import Evaluation, measure
 from sam3jax.evaluation.processes import of_all_processes
 from sam3jax.inference.candidates import Candidates
@@ -42,18 +46,24 @@ def evaluate_dataset(
     loader's batches, where they are known. thresholds: score of each category from which a detection
     counts, instead of config.threshold. advance: called per batch.
     """
-    predictions: list[dict[str, Any]] = []
+    rounds: list[list[dict[str, Any]]] = [[] for _ in range(config.interactive_steps + 1)]
     asked: set[Pair] = set()
-    for pairs, found in predict_dataset(
-        detector, variables, loader, dataset, config, batches, text
-    ):
+    answers = _rounds if config.interactive_steps else _answers
+    for pairs, found in answers(detector, variables, loader, dataset, config, batches, text):
         asked |= pairs
-        predictions += found
+        for known, new in zip(rounds, found, strict=True):
+            known += new
         advance()
-    asked, predictions = _of_all_processes(asked, predictions)
-    return measure(
-        dataset, predictions, threshold=config.threshold, thresholds=thresholds, asked=asked
+    asked, rounds = _of_all_processes(asked, rounds)
+    count = partial(
+        measure, dataset, threshold=config.threshold, thresholds=thresholds, asked=asked
     )
+    first = count(rounds[0])
+    metrics = dict(first.metrics)
+    for step, found in enumerate(rounds[1:], 1):
+        corrected = count(found).metrics
+        metrics |= {f"exemplars_{step}/{n.replace('/', '_')}": v for n, v in corrected.items()}
+    return replace(first, metrics=metrics)
 
 
 def predict_dataset(
@@ -80,6 +90,27 @@ def predict_dataset(
         waiting = running
     if waiting is not None:
         yield _results(*waiting, dataset, config)
+
+
+def _answers(*arguments: Any) -> Iterator[tuple[set[Pair], list[list[dict[str, Any]]]]]:
+    """`predict_dataset` as one round."""
+    for asked, results in predict_dataset(*arguments):
+        yield asked, [results]
+
+
+def _rounds(
+    detector: Detector,
+    variables: Variables,
+    loader: Iterable[EvalBatch],
+    dataset: Dataset,
+    config: EvalConfig,
+    batches: int | None,
+    text: TextFeatures | None,
+) -> Iterator[tuple[set[Pair], list[list[dict[str, Any]]]]]:
+    """`predict_dataset`, and again after each correction."""
+    run = BatchDetector(detector, variables, text)
+    results = lambda batch, candidates: _results(batch, candidates, dataset, config)
+    yield from answer_and_correct(run, results, islice(loader, batches), dataset, config)
 
 
 def detections_to_keep(dataset: Dataset, config: EvalConfig) -> int:
@@ -115,12 +146,12 @@ def _results(
 
 
 def _of_all_processes(
-    asked: set[Pair], predictions: list[dict[str, Any]]
-) -> tuple[set[Pair], list[dict[str, Any]]]:
+    asked: set[Pair], rounds: list[list[dict[str, Any]]]
+) -> tuple[set[Pair], list[list[dict[str, Any]]]]:
     """Every process asks about its own pictures; afterwards each knows all answers."""
-    everything = of_all_processes([sorted(asked, key=str), predictions])
+    everything = of_all_processes([sorted(asked, key=str), rounds])
     asked = {(image, category) for pairs, _ in everything for image, category in pairs}
-    return asked, [result for _, results in everything for result in results]
+    return asked, [[r for _, own in everything for r in own[k]] for k in range(len(rounds))]
 
 
 def evaluate_run(

@@ -8,6 +8,7 @@ from typing import Any
 
 from sam3jax.checksums import record_files
 from sam3jax.data.coco import Dataset
+from sam3jax.evaluation.diagnosis import diagnose
 from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.files import write_json
 from sam3jax.viewing import draw
@@ -28,6 +29,7 @@ def write_evaluation(
     about: what goes on top of evaluation.json: run, step, weights, threshold (for drawing).
     """
     report = {**about, **summary(tuned, dataset)}
+    report["diagnosis"] = diagnose(dataset, tuned.predictions, tuned.thresholds, tuned.pictures)
     write_json(output / "predictions.json", with_source_ids(tuned.predictions, dataset))
     if base is not None:
         report["base"] = summary(base, dataset)

@@ -26,6 +26,8 @@ from sam3jax.evaluation.ground_truth import (
 
 IOUS = np.linspace(0.5, 0.95, 10)
 
+_POOLED = 20.0  # instances that all categories together weigh in the threshold of one
+
 
 @dataclass(frozen=True)
 class Found:
@@ -102,8 +104,9 @@ def choose_thresholds(
 ) -> dict[int, float]:
     """The score threshold of each category that gives its best F1 at IoU .5 on these data.
 
-    Half way between the weakest detection worth keeping and the next; `default` where no detection
-    is right. Matching is greedy by score, so that it does not depend on the threshold.
+    Few instances say little: those of all categories together are added to each, to weigh as `_POOLED`.
+    Half way between the weakest detection worth keeping and the next; `default` where no detection of
+    any category is right. Matching is greedy by score, so that it does not depend on the threshold.
     """
     ranked: dict[int, list[tuple[float, bool]]] = defaultdict(list)
     totals: dict[int, int] = defaultdict(int)
@@ -121,14 +124,21 @@ def choose_thresholds(
                 iou[:, shared.argmax()] = -1.0
             if right or excuse < IOUS[0]:
                 ranked[pair[1]].append((result["score"], right))
-    return {i: _best_cut(ranked[i], totals[i], default) for i in truth.categories}
+    together = [detection for own in ranked.values() for detection in own]
+    share = _POOLED / max(sum(totals.values()), 1)
+    cuts = {}
+    for i in truth.categories:
+        weighted = [(*d, 1.0) for d in ranked[i]] + [(*d, share) for d in together]
+        cuts[i] = _best_cut(weighted, totals[i] + _POOLED, default)
+    return cuts
 
 
-def _best_cut(ranked: list[tuple[float, bool]], truths: int, default: float) -> float:
-    if not any(right for _, right in ranked):
+def _best_cut(ranked: list[tuple[float, bool, float]], truths: float, default: float) -> float:
+    """ranked: score, whether it is right, weight."""
+    if not any(right for _, right, _ in ranked):
         return default
-    score, right = (np.array(column) for column in zip(*sorted(ranked, reverse=True)))
-    f1 = 2 * np.cumsum(right) / (np.arange(1, len(right) + 1) + truths)
+    score, right, weight = (np.array(column) for column in zip(*sorted(ranked, reverse=True)))
+    f1 = 2 * np.cumsum(right * weight) / (np.cumsum(weight) + truths)
     below = np.append(score[1:], 0.0)
     f1[score == below] = -1.0  # equal scores cannot be told apart
     best = int(f1.argmax())

@@ -6,6 +6,7 @@ One path for validation, `evaluate` and `predict`.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,20 @@ class Detections:
                 }
             )
         return results
+
+    def to_supervision(self, phrase: str, class_id: int = 0) -> Any:
+        """The same as `supervision.Detections`, with masks and the phrase as `class_name`.
+
+        Raises ImportError where the package `supervision` is not installed.
+        """
+        supervision = importlib.import_module("supervision")  # an optional extra
+        return supervision.Detections(
+            xyxy=np.asarray(self.boxes_xyxy, np.float32).reshape(-1, 4),
+            mask=self.decode_masks(),
+            confidence=np.asarray(self.scores, np.float32),
+            class_id=np.full(len(self), class_id),
+            data={"class_name": np.full(len(self), phrase)},
+        )
 
 
 def fetch(candidates: Candidates, floor: float) -> Candidates:
@@ -151,7 +166,7 @@ def _enlarge_chunk(
         last = bits[:, -1]
         for k, edge in enumerate(edges):
             changes[k].append(np.flatnonzero(edge) + start * height)
-    return [_rle(np.concatenate(parts) if parts else np.zeros(0, int), height, width)
+    return [rle_of_changes(np.concatenate(parts) if parts else np.zeros(0, int), height, width)
             for parts in changes]  # fmt: skip
 
 
@@ -204,7 +219,7 @@ def _bucket(size: int) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
-def _rle(changes: np.ndarray, height: int, width: int) -> dict[str, Any]:
+def rle_of_changes(changes: np.ndarray, height: int, width: int) -> dict[str, Any]:
     """Compressed RLE of a mask that starts with 0 and changes at these column-major positions."""
     bounds = np.concatenate([[0], changes, [height * width]])
     counts = np.diff(bounds)

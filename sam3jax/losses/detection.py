@@ -21,7 +21,7 @@ from sam3jax.losses.semantic import semantic_losses
 from sam3jax.losses.totals import Divisors, Stages, Totals, count_totals, divisors, stages_of
 from sam3jax.losses.truth import Truth, at_least_one_mask, gather_truth, visible
 from sam3jax.matching import hungarian, match_cost, match_one_to_many
-from sam3jax.types import Array, Detections, Outputs, Targets
+from sam3jax.types import Detections, Outputs, Targets
 
 KINDS = {
     "loss_bbox": "bbox", "loss_giou": "giou", "loss_ce": "ce", "presence_loss": "presence",
@@ -155,7 +155,7 @@ def part_shares(
         for part, values in ((shares.open, weak), (shares.counts, hits)):
             part.update({f"{k}{n}{suffix}": v for k in values for n, v in zip(names, values[k])})
     if config.masks:
-        masks, pairs = _mask_losses(outputs, matches, truth, targets.masks, norm, by, config, point_rng)  # fmt: skip
+        masks, pairs = _mask_losses(outputs, matches, truth, targets, norm, by, config, point_rng)  # fmt: skip
         shares.terms.update(masks)
         shares.counts.update(pairs)
     if config.semantic:
@@ -340,7 +340,7 @@ def _mask_losses(
     outputs: Outputs,
     matches: Matches,
     truth: Truth,
-    masks: Array,
+    targets: Targets,
     norm: Divisors,
     by: Stages,
     config: LossConfig,
@@ -350,7 +350,9 @@ def _mask_losses(
     pairs, dropped = mask_pairs(outputs, matches, truth, config, point_rng)
     groups = [outputs.o2o] if outputs.o2m is None else [outputs.o2o, outputs.o2m]
     embed = jnp.concatenate([g.mask_embed for g in groups], axis=1)
-    sums = mask_sums(embed, outputs.pixel_embed, masks, pairs, config)  # [B, 2, 2]
+    sums = mask_sums(
+        embed, outputs.pixel_embed, targets.masks, pairs, config, targets.void
+    )  # [B, 2, 2]
     shares = {}
     for group, (suffix, weight) in enumerate((("", 1.0), ("_o2m", config.o2m_weight))[: len(groups)]):  # fmt: skip
         for kind, name in enumerate(("loss_mask", "loss_dice")):

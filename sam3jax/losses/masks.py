@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from sam3jax.config import LossConfig
@@ -20,6 +21,8 @@ from sam3jax.losses.elementwise import dice, focal
 from sam3jax.losses.resample import nearest_bits, resize_bilinear, sample_bilinear, sample_bits
 from sam3jax.model.layers import zero_like
 from sam3jax.types import Array
+
+_NOTHING = -1e4  # logit whose losses and gradients are 0 in float32 where the target is 0
 
 
 @struct.dataclass
@@ -38,13 +41,18 @@ class MaskPairs:
 
 
 def mask_sums(
-    embed: jax.Array, pixel_embed: jax.Array, masks: Array, pairs: MaskPairs, config: LossConfig
+    embed: jax.Array,
+    pixel_embed: jax.Array,
+    masks: Array,
+    pairs: MaskPairs,
+    config: LossConfig,
+    void: Array | None = None,
 ) -> jax.Array:
     """Focal and dice loss summed over the kept pairs of each prompt, before weights and normaliser.
 
     embed [B, Q, D], pixel_embed [B, Y', X', D]; masks [I, M, Y, ceil(X / 8)] packed, pair b belongs
-    to image b // (B / I). Returns [B, 2, 2]: (one-to-one, one-to-many) x (focal, dice).
-    Differentiable in embed and pixel_embed.
+    to image b // (B / I); void [I, Y, ceil(X / 8)] packed, pixels that do not count. Returns [B, 2, 2]:
+    (one-to-one, one-to-many) x (focal, dice). Differentiable in embed and pixel_embed.
     """
     mask_width(masks, pixel_embed)
     order = jnp.argsort(~pairs.keep, axis=1, stable=True)  # kept pairs to the front
@@ -54,7 +62,7 @@ def mask_sums(
         lambda x: jnp.concatenate([x, x[:, :1].repeat(short, 1)], 1) if short else x, pairs
     )
     counts = pairs.keep.sum(1) if not short else pairs.keep[:, :-short].sum(1)
-    return _mask_sums(config, embed, pixel_embed, masks, pairs, counts)
+    return _mask_sums(config, embed, pixel_embed, masks, void, pairs, counts)
 
 
 def mask_width(masks: Array, pixel_embed: jax.Array) -> int:
@@ -70,7 +78,7 @@ def mask_width(masks: Array, pixel_embed: jax.Array) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mask_sums(config, embed, pixel_embed, masks, pairs, counts):
+def _mask_sums(config, embed, pixel_embed, masks, void, pairs, counts):
     per_prompt = len(embed) // len(masks)
 
     def prompt(args):
@@ -79,7 +87,8 @@ def _mask_sums(config, embed, pixel_embed, masks, pairs, counts):
         def body(i, sums):
             chunk = _take_chunk(pairs, count, i, config.mask_chunk)
             bits = masks[b // per_prompt, chunk.instance]
-            return sums + _chunk_sums(embed[chunk.query], pixels, bits, chunk, config)
+            hidden = None if void is None else void[b // per_prompt]
+            return sums + _chunk_sums(embed[chunk.query], pixels, bits, hidden, chunk, config)
 
         # The carry starts from the inputs: a constant would not be "varying" under shard_map.
         start = jnp.zeros((2, 2)) + zero_like(embed, pixels, masks, count)
@@ -89,13 +98,13 @@ def _mask_sums(config, embed, pixel_embed, masks, pairs, counts):
     return jax.lax.map(prompt, (index, embed, pixel_embed, pairs, counts))
 
 
-def _mask_sums_forward(config, embed, pixel_embed, masks, pairs, counts):
-    out = _mask_sums(config, embed, pixel_embed, masks, pairs, counts)
-    return out, (embed, pixel_embed, masks, pairs, counts)
+def _mask_sums_forward(config, embed, pixel_embed, masks, void, pairs, counts):
+    out = _mask_sums(config, embed, pixel_embed, masks, void, pairs, counts)
+    return out, (embed, pixel_embed, masks, void, pairs, counts)
 
 
 def _mask_sums_backward(config, saved, cotangent):
-    embed, pixel_embed, masks, pairs, counts = saved
+    embed, pixel_embed, masks, void, pairs, counts = saved
     per_prompt = len(embed) // len(masks)
 
     def prompt(args):
@@ -104,8 +113,11 @@ def _mask_sums_backward(config, saved, cotangent):
         def body(i, grads):
             chunk = _take_chunk(pairs, count, i, config.mask_chunk)
             bits = masks[b // per_prompt, chunk.instance]
+            hidden = None if void is None else void[b // per_prompt]
             _, pull = jax.vjp(
-                lambda e, p: _chunk_sums(e, p, bits, chunk, config), embed[chunk.query], pixels
+                lambda e, p: _chunk_sums(e, p, bits, hidden, chunk, config),
+                embed[chunk.query],
+                pixels,
             )
             d_embed, d_pixels = pull(cotangent)
             # Sums of many chunks: in float32 whatever the model computes in.
@@ -118,7 +130,7 @@ def _mask_sums_backward(config, saved, cotangent):
 
     index = jnp.arange(len(embed))
     grads = jax.lax.map(prompt, (index, embed, pixel_embed, pairs, counts, cotangent))
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 _mask_sums.defvjp(_mask_sums_forward, _mask_sums_backward)
@@ -135,27 +147,52 @@ def _take_chunk(pairs: MaskPairs, count: jax.Array, i: jax.Array, size: int) -> 
 
 
 def _chunk_sums(
-    embed: jax.Array, pixels: jax.Array, bits: jax.Array, chunk: MaskPairs, config: LossConfig
+    embed: jax.Array,
+    pixels: jax.Array,
+    bits: jax.Array,
+    void: jax.Array | None,
+    chunk: MaskPairs,
+    config: LossConfig,
 ) -> jax.Array:
-    """embed [R, D], pixels [Y', X', D], bits [R, Y, ceil(X / 8)] -> [2, 2], see `mask_sums`."""
+    """embed [R, D], pixels [Y', X', D], bits [R, Y, ceil(X / 8)], void [Y, ceil(X / 8)] -> [2, 2], see
+    `mask_sums`."""
     # Pixels first, so that neither this product nor its gradients transpose the largest array.
     logits = jnp.einsum("yxd,rd->yxr", pixels, embed, preferred_element_type=jnp.float32)
     logits = logits.transpose(2, 0, 1)  # [R, Y', X']
     width = mask_width(bits, pixels[None])
     if config.num_sample_points is not None:
         points = jax.vmap(lambda key, m: uncertain_points(key, m, config))(chunk.key, logits)
-        targets = sample_bits(bits, points, width)
+        read = lambda bits: sample_bits(bits, points, width)
         logits = sample_bilinear(logits, points)
     elif config.mask_resolution == "prediction":
-        targets = nearest_bits(bits, logits.shape[1:], width)
+        size = logits.shape[1:]
+        read = lambda bits: nearest_bits(bits, size, width)
     else:
-        targets = jnp.unpackbits(bits, axis=-1, count=width)
-        logits = resize_bilinear(logits, targets.shape[1:])
-    targets = targets.astype(jnp.float32)
+        read = lambda bits: jnp.unpackbits(bits, axis=-1, count=width)
+        logits = resize_bilinear(logits, (bits.shape[1], width))
+    targets = read(bits).astype(jnp.float32)
+    counted = 1.0  # of each pixel, on average
+    if void is not None:
+        hidden = read(jnp.broadcast_to(void, bits.shape)) > 0
+        logits, targets, counted = without_void(logits, targets, hidden)
     pixelwise = focal(logits, targets, alpha=config.focal_alpha, gamma=config.focal_gamma)
-    losses = jnp.stack([pixelwise.mean(tuple(range(1, pixelwise.ndim))), dice(logits, targets)])
+    mean = pixelwise.mean(tuple(range(1, pixelwise.ndim))) * counted
+    losses = jnp.stack([mean, dice(logits, targets)])
     member = chunk.keep & (chunk.group == jnp.arange(2)[:, None])  # [2, R]
     return jnp.where(member[:, None], losses, 0.0).sum(-1)
+
+
+def without_void(
+    logits: jax.Array, targets: jax.Array, void: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits and targets [R, ...] where void pixels add 0 to every sum, and pixels per known pixel [R].
+
+    The mean over pixels times the latter is the mean over those that are known.
+    """
+    axes = tuple(range(1, void.ndim))
+    pixels = float(np.prod(void.shape[1:]))
+    known = pixels - void.sum(axes, dtype=jnp.float32)
+    return jnp.where(void, _NOTHING, logits), jnp.where(void, 0.0, targets), pixels / jnp.maximum(known, 1)  # fmt: skip
 
 
 def uncertain_points(key: jax.Array, logits: jax.Array, config: LossConfig) -> jax.Array:

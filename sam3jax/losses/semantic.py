@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from sam3jax.config import LossConfig
 from sam3jax.losses.elementwise import bce, dice, focal
-from sam3jax.losses.masks import mask_width
-from sam3jax.losses.resample import interpolation, resize_bilinear
+from sam3jax.losses.masks import mask_width, without_void
+from sam3jax.losses.resample import interpolation, nearest_bits, resize_bilinear
 from sam3jax.losses.truth import Truth
 from sam3jax.types import Array, Targets
 
@@ -23,7 +23,7 @@ def semantic_losses(
     logits [B, Y', X']. The truth is the union of a prompt's masks; an instance without a usable mask
     adds nothing. semantic_downsample: compared at the size of the prediction, where a pixel counts as
     soon as it sees any of the union (bilinear, then > 0, as in torch); else the prediction is
-    upsampled. semantic_positive_only: prompts with an empty union count 0. (Torch compares a batch
+    upsampled. Void pixels do not count. semantic_positive_only: prompts with an empty union count 0. (Torch compares a batch
     without any instance with a single pixel, or fails; here the union is empty.)
     """
     width = mask_width(targets.masks, logits[..., None])
@@ -38,6 +38,11 @@ def semantic_losses(
             union = _any_seen(union, logits.shape[1:])
         else:
             logits = resize_bilinear(logits, union.shape[1:])
+        share = jnp.ones(1)
+        if targets.void is not None:
+            bits = jnp.asarray(targets.void)[b // per_image][None]
+            hidden = nearest_bits(bits, union.shape[1:], width) > 0
+            logits, union, share = without_void(logits, union, hidden)
         if config.semantic_focal:
             pixelwise = focal(
                 logits, union, alpha=config.semantic_focal_alpha, gamma=config.semantic_focal_gamma
@@ -46,7 +51,7 @@ def semantic_losses(
             pixelwise = bce(logits, union)
         here, said = union > 0, jax.nn.sigmoid(logits) > 0.5
         overlap = (here & said).sum() / ((here | said).sum() + 1e-8)
-        return jnp.stack([pixelwise.mean(), dice(logits, union)[0], overlap, here.any()])
+        return jnp.stack([pixelwise.mean() * share[0], dice(logits, union)[0], overlap, here.any()])
 
     index = jnp.arange(len(logits))
     seg, loss_dice, overlap, positive = jax.lax.map(

@@ -5,48 +5,63 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sam3jax.checksums import changed, forget
 from sam3jax.config import Config
 from sam3jax.files import write_text
-from sam3jax.training.board import Board
 from sam3jax.training.optim import learning_rate
-from sam3jax.training.timing import Timer
+from sam3jax.training.timing import Timer, peak_memory
+from sam3jax.training.trackers import About, Trackers, flat
+
+Hook = Callable[[int, Mapping[str, float]], Any]  # called with a step and its metrics
+
+
+def nothing(step: int, metrics: Mapping[str, float]) -> None:
+    """The hook that does nothing."""
 
 
 class RunLog:
     """The log of a run that continues at `step`. Lines after `step` are removed; those steps run again.
 
-    validated: whether the validation of `step` is done; if not, its line is removed too.
+    id: the run's identity, for trackers. validated: whether the validation of `step` is done; if not, its line is removed too.
     Every line of metrics.jsonl is one object: step, split, and values by name; a value that is not
     finite is null.
     """
 
     def __init__(
-        self, run: Path, step: int, total: int, *, validated: bool = True, write: bool = True
+        self,
+        run: Path,
+        step: int,
+        config: Config,
+        *,
+        id: str = "",
+        validated: bool = True,
+        write: bool = True,
     ) -> None:
         self._run, self._write = run, write
         self._console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]} · lr {task.fields[rate]} · {task.fields[speed]} images/s"),
-            TimeRemainingColumn(),
+            TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
         )  # fmt: skip
         quiet = not (write and sys.stderr.isatty())
         self._bar = Progress(*columns, console=self._console, disable=quiet)
         self._plain = write and quiet
-        self._task = self._bar.add_task("train", total=total, completed=step, loss="-", rate="-", speed="-")  # fmt: skip
+        self._task = self._bar.add_task("train", total=config.steps, completed=step, loss="-", rate="-", speed="-", left="")  # fmt: skip
         if not write:
             return
-        self._total = total
+        self._total = config.steps
         file = run / "metrics.jsonl"
         kept = []
         if file.is_file():
@@ -61,37 +76,62 @@ class RunLog:
             ]
             write_text(file, "".join(f"{line}\n" for line in kept))
         self._file = file.open("a")
-        self._board = Board(run / "tensorboard", step, self.say)
+        about = About(run, id, step, dict(flat(config.model_dump(mode="json"))))
+        self._trackers = Trackers(config.trackers, about, self.say)
         self._bar.start()
 
-    def say(self, line: str) -> None:
-        """One line for people."""
-        if self._write:
+    def say(self, *lines: str | None) -> None:
+        """Lines for people; None is no line."""
+        for line in filter(None, lines if self._write else ()):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def train(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of a training step; `loss`, `rate` and `images_per_second` go to the bar."""
-        self._line(step, "train", values)
-        if not self._write:
+    @contextmanager
+    def busy(self, what: str, when: bool = True) -> Iterator[None]:
+        """Something that takes long and is no step: the bar names it, its clock goes on."""
+        if not when:
+            yield
             return
-        speed = values.get("images_per_second")
-        fields: dict[str, Any] = dict(
-            loss=f"{values['loss']:.4g}",
-            rate=f"{values['rate']:.2e}",
-            speed="-" if speed is None else f"{speed:.3g}",
-        )
-        self._bar.update(self._task, completed=step, **fields)
+        start = time.perf_counter()
         if self._plain:
-            left = "" if speed is None else f", {_duration(values['seconds_left'])} left"
+            self.say(f"{what} ...")
+        self._bar.update(self._task, description=what)
+        yield
+        self._bar.update(self._task, description="train")
+        if self._plain:
+            self.say(f"{what}: {_duration(time.perf_counter() - start)}")
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """A step is done: the bar moves. values: `loss`, `rate`, and where they are known
+        `images_per_second` and `seconds_left`."""
+        self._bar.update(self._task, completed=step, **_fields(values))
+
+    def train(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of a training step."""
+        self._line(step, "train", values)
+        if self._plain:
+            f = _fields(values)
+            epoch = f" epoch {values['epoch']:.2f}" if "epoch" in values else ""
             self.say(
-                f"step {step}/{self._total} loss {fields['loss']} lr {fields['rate']} "
-                f"{fields['speed']} images/s{left}"
+                f"step {step}/{self._total}{epoch} loss {f['loss']} lr {f['rate']} "
+                f"{f['speed']} images/s{f['left'] and ', ' + f['left']}"
             )
+
+    def base(self, values: Mapping[str, float]) -> None:
+        """Metrics of the model that the run starts from: step 0 of the curves of trackers."""
+        self.say(f"base: {summary_line(values)}")
+        if self._write:
+            for name, value in values.items():
+                self._trackers.scalar(f"valid/{name}", float(value), 0)
 
     def valid(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a validation."""
         self._line(step, "valid", values)
         self.say(f"step {step} validation: {summary_line(values)}")
+
+    def finish(self, values: Mapping[str, float]) -> None:
+        """The metrics of the run's last validation, for trackers that compare runs."""
+        if self._write:
+            self._trackers.finish(values)
 
     def picture(self, step: int, name: str, picture: Any, folder: Path) -> None:
         """A panel: PNG in the run folder and image in TensorBoard."""
@@ -101,21 +141,21 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{name}.png")
-        self._board.image(name, np.asarray(picture), step)
+        self._trackers.image(name, np.asarray(picture), step)
 
     def flush(self) -> None:
         """Onto the disk, before a checkpoint: a run that continues behind it misses no line."""
         if self._write:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._board.flush()
+            self._trackers.flush()
 
     def close(self) -> None:
         """Flush everything."""
         self._bar.stop()
         if self._write:
             self._file.close()
-            self._board.close()
+            self._trackers.close()
 
     def _line(self, step: int, split: str, values: Mapping[str, float]) -> None:
         if not self._write:
@@ -126,21 +166,31 @@ class RunLog:
         self._file.flush()
         for name, value in numbers.items():
             if np.isfinite(value):
-                self._board.scalar(f"{split}/{name}", value, step)
+                self._trackers.scalar(f"{split}/{name}", value, step)
+
+
+def _fields(values: Mapping[str, float]) -> dict[str, Any]:
+    """What the bar and the log show of a step."""
+    speed, left = values.get("images_per_second"), values.get("seconds_left")
+    return {
+        "loss": f"{values['loss']:.4g}",
+        "rate": f"{values['rate']:.2e}",
+        "speed": "-" if speed is None else f"{speed:.3g}",
+        "left": "" if left is None else f"{_duration(left)} left",
+    }
 
 
 class StepLog:
     """Logs every step once it is done: `add` after it was started, `flush` before a checkpoint.
 
     A step is read when the next one was started: waiting for step n - 1 while step n runs keeps the device
-    busy. skipped: called with each step's metrics, and may end the run.
+    busy. pictures: of an epoch. hooks: called with each step and its metrics; they may end the run.
     """
 
-    def __init__(
-        self, log: RunLog, config: Config, skipped: Callable[[int, Mapping[str, float]], None]
-    ) -> None:
+    def __init__(self, log: RunLog, config: Config, pictures: int, *hooks: Hook) -> None:
         self.timer = Timer()
-        self._log, self._config, self._skipped = log, config, skipped
+        self._log, self._config, self._hooks = log, config, hooks
+        self._epochs = config.batch_size / pictures  # of a step
         self._schedule: Callable[[int], Any] = learning_rate(config.optim, config.steps)
         self._pending: tuple[int, Any] | None = None
 
@@ -164,13 +214,17 @@ class StepLog:
         self.timer.step_done()
         config, values = self._config, _as_floats(metrics)
         try:
-            self._skipped(step, values)
+            for hook in self._hooks:
+                hook(step, values)
         finally:
+            values["rate"] = np.asarray(self._schedule(step)).item()
+            values["epoch"] = step * self._epochs
+            if (seconds := self.timer.median(recent=50)) is not None:
+                values["images_per_second"] = config.batch_size / seconds
+                values["seconds_left"] = (config.steps - step) * seconds
+            self._log.progress(step, values)
             if not step % config.log_every or step in (1, config.steps):
-                values["rate"] = np.asarray(self._schedule(step)).item()
-                if (seconds := self.timer.median(recent=50)) is not None:
-                    values["images_per_second"] = config.batch_size / seconds
-                    values["seconds_left"] = (config.steps - step) * seconds
+                values["peak_memory_gb"] = peak_memory()
                 self._log.train(step, values)
 
 

@@ -1,4 +1,4 @@
-"""Devices: the mesh, what lies where, and joining other processes."""
+"""Devices: the mesh, and what lies where."""
 
 from __future__ import annotations
 
@@ -103,20 +103,6 @@ def take_micro_batch(spec: Any, batch: Any) -> tuple[int, Callable[[jax.Array], 
         return jax.tree.map(one, spec, batch, is_leaf=_is_spec)
 
     return number, take
-
-
-def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the other processes of a run, before jax is used. Raises ConfigError."""
-    if processes is not None:  # jax itself ends a process that waits in vain, with a trace from C++
-        where = f"{processes} at {coordinator}"
-        print(f"process {process} of {where}: waiting for the others, up to 5 minutes", flush=True)
-    try:
-        jax.distributed.initialize(coordinator, processes, process)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"cannot join other processes ({error}): give --coordinator HOST:PORT, --num-processes and "
-            f"--process-id, or start under a cluster that jax knows"
-        ) from error
 
 
 def _is_spec(x: Any) -> bool:

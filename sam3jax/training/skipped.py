@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -14,10 +14,13 @@ class NotFiniteError(UserError):
 
 
 class SkippedSteps:
-    """Counts skipped steps in a row. Raises NotFiniteError behind `most` of them."""
+    """Counts skipped steps in a row. Raises NotFiniteError behind `most` of them.
 
-    def __init__(self, most: int, total: int) -> None:
-        self._most, self._total, self._row = most, total, 0
+    where(): a sentence about the first NaN, asked for only then.
+    """
+
+    def __init__(self, most: int, total: int, where: Callable[[], str] = lambda: "") -> None:
+        self._most, self._total, self._row, self._where = most, total, 0, where
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """metrics: of the step; `skipped` counts all skipped steps of the run."""
@@ -25,8 +28,9 @@ class SkippedSteps:
         self._row = self._row + 1 if skipped > self._total else 0
         self._total = skipped
         if self._row >= self._most:
+            place = f"; {self._where()}".removesuffix("; ")
             raise NotFiniteError(
-                f"step {step}: {self._row} steps in a row were skipped, {not_finite(metrics)}; lower "
+                f"step {step}: {self._row} steps in a row were skipped, {not_finite(metrics)}{place}; lower "
                 "optim.learning_rate, set model.compute_dtype=float32, or look at the pictures of these steps "
                 "with sam3jax doctor --decode (max_skipped allows more)"
             )

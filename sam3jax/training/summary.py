@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3jax.checksums import changed, record_files
+from sam3jax.config import Config
 from sam3jax.files import write_json
 from sam3jax.viewing.report import write_report
 
@@ -20,14 +21,24 @@ def finish(run: Path, summary: dict[str, Any]) -> None:
     write_report(run)
 
 
-def finished(run: Path, steps: int) -> dict[str, Any] | None:
-    """The summary of a run that ended after so many steps, or more; None where it has more to do."""
+def finished(run: Path, step: int, config: Config, *, say: bool) -> dict[str, Any] | None:
+    """The summary of a run that ended at its newest checkpoint, of `step`; None where it has more to do.
+
+    It ended where all steps are done, or where it was given up for want of improvement. say: so to people.
+    """
     summary, report = run / "summary.json", run / "report.html"
     try:
         if report.stat().st_mtime_ns < summary.stat().st_mtime_ns:
             return None
         found = json.loads(summary.read_text())
-        return found if found["steps"] >= steps and not changed(run, FILES) else None
+        given_up = bool(config.patience) and found.get("stopped_early") and found["steps"] == step
+        ended = given_up or (step >= config.steps and found["steps"] >= config.steps)
+        if not ended or changed(run, FILES):
+            return None
+        if say:
+            more = "set `patience` to 0" if found.get("stopped_early") else "raise `steps`"
+            print(f"{run} is finished: {step} of {config.steps} steps; {more} to train on")
+        return found
     except (
         OSError,
         ValueError,

@@ -11,8 +11,10 @@ import jax
 
 from sam3jax.config import Config, ConfigError
 from sam3jax.tasks import Validated
-from sam3jax.training.log import RunLog, summary_line
+from sam3jax.training.length import Patience
+from sam3jax.training.log import Hook, RunLog, nothing
 from sam3jax.training.state import TrainState
+from sam3jax.viewing.meanings import less_is_better
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.trainable import merge
 from sam3jax.weights.tree import Tree
@@ -34,22 +36,28 @@ class Validation:
         run: Path,
         log: RunLog,
         checkpoints: Checkpoints,
+        patience: Patience,
+        told: Hook = nothing,
     ) -> None:
+        """told: called with the step and the metrics of each validation."""
         self._ask, self._config, self._best_by = ask, config, best_by
         self._run, self._log, self._checkpoints = run, log, checkpoints
+        self.patience, self._told = patience, told
         self._before: Validated | None = None
 
     def base(self, trainable: Tree, frozen: Tree, prepared: Any) -> dict[str, float]:
         """Metrics of the model that the run starts from, `trainable` as before the first step. Raises ConfigError for an unknown best_metric."""
-        self._before = self._ask(merge(trainable, frozen), prepared)
-        self._log.say(f"base: {summary_line(self._before.metrics)}")
+        with self._log.busy("validating the model that the run starts from"):
+            self._before = self._ask(merge(trainable, frozen), prepared)
+        self._log.base(self._before.metrics)
         self._judged(self._before.metrics)
         return self._before.metrics
 
     def __call__(self, state: TrainState, frozen: Tree, prepared: Any, step: int) -> None:
         """Validate the checkpoint of this step, which is being saved or was saved."""
         weights = state.trainable if state.ema is None else state.ema
-        found = self._ask(merge(weights, frozen), prepared)
+        with self._log.busy("validating"):
+            found = self._ask(merge(weights, frozen), prepared)
         self._log.valid(step, found.metrics)
         for name, panel in found.panels():
             self._log.picture(step, name, panel, self._run / "predictions" / f"{step:07d}")
@@ -62,6 +70,8 @@ class Validation:
             found.write(self._run, self._before, about)
         validation = {"metrics": found.metrics, "thresholds": found.thresholds, "score": score}
         self._checkpoints.attach(step, validation)
+        self.patience.add(score)
+        self._told(step, found.metrics)
 
     def _judged(self, metrics: dict[str, float]) -> str:
         """The metric that decides which checkpoint is best."""
@@ -73,8 +83,3 @@ class Validation:
         raise ConfigError(
             f"best_metric {wanted!r} is not measured on the validation data; there are {', '.join(metrics)}"
         )
-
-
-def less_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric is the better one: losses, errors and false alarms."""
-    return any(word in metric for word in ("loss", "error", "false_alarm", "NoC"))

@@ -6,7 +6,7 @@ Answers to _associate_det_trk and _get_objects_to_suppress_based_on_most_recentl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,16 @@ class Rules:
     keep_alive_least: int = -1
     hide_unmatched: bool = False  # also hide old tracks whose keep-alive has run out
     most_objects: int | None = None
+
+    def above(self, threshold: float) -> Rules:
+        """The same rules where a detection counts from `threshold`, and not from .5 as released.
+
+        Scores keep their place between the threshold and 1: of a model with another calibration, .7 is
+        as far above its threshold as the released .7 is above .5.
+        """
+        place = lambda score: threshold + (score - 0.5) * (1 - threshold) / 0.5
+        scores = {n: place(getattr(self, n)) for n in ("new_score", "confident_score")}
+        return replace(self, **scores)
 
 
 RELEASED = Rules()

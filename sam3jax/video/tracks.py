@@ -128,7 +128,8 @@ def follow(
     """The objects of each frame, from the detections of each frame, in the same order.
 
     Comes `rules.hot_start` frames late: an object that the rules remove meanwhile was never there.
-    threshold: score above which a detection is looked at, one or one a phrase. Memory does not grow with the video.
+    threshold: score above which a detection is looked at, one or one a phrase; the rules' scores move with
+    it (`Rules.above`). Memory does not grow with the video.
     """
     followers: dict[int, Follower] = {}
     numbers: dict[tuple[int, int], int] = {}
@@ -137,9 +138,9 @@ def follow(
     for frame, found in detections:
         shown: list[Tracked] = []
         for phrase in range(len(found.logits)):
-            follower = followers.setdefault(phrase, Follower(rules, reverse))
-            scores = _sigmoid(np.asarray(found.logits[phrase], np.float32))
             least = threshold[phrase] if isinstance(threshold, Sequence) else threshold
+            follower = followers.setdefault(phrase, Follower(rules.above(least), reverse))
+            scores = _sigmoid(np.asarray(found.logits[phrase], np.float32))
             masks = np.asarray(found.masks[phrase], np.float32)
             # A detection without a pixel is nowhere, so there is nothing to follow.
             chosen = np.flatnonzero((scores > least) & (masks > 0).any((1, 2)))

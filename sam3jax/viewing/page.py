@@ -3,7 +3,7 @@
 from jinja2 import Environment
 
 # The page may show inlined pictures and its own style, and run or load nothing, whatever stands in the data.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -29,11 +29,14 @@ a { color: var(--link); }
 .tiles div { background: var(--card); border-radius: 8px; padding: 10px 12px; }
 .tiles span { display: block; font-size: .8rem; color: var(--soft); }
 .tiles b { font-size: 1.5rem; margin-right: .4rem; font-variant-numeric: tabular-nums; }
-.table { overflow-x: auto; }
+.table { overflow-x: auto; /* a shadow on the side where there is more to see */
+  background: linear-gradient(to left, var(--page) 30%, transparent) right / 48px 100% no-repeat local,
+    linear-gradient(to left, var(--line), transparent) right / 14px 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 th { color: var(--soft); font-weight: 500; }
+td:has(.words) { text-align: left; } .words { display: inline-block; white-space: normal; min-width: 16rem; color: var(--soft); }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 12px; }
 figure { margin: 0; }
@@ -42,6 +45,8 @@ figure { margin: 0; }
 .picture { margin-bottom: 16px; }
 .parts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); gap: 8px; max-width: 1180px; }
 .parts img { width: 100%; height: auto; display: block; border-radius: 4px; }
+.wide img, .wide video { max-width: 100%; height: auto; display: block; border-radius: 4px; margin: 12px 0; }
+.wide figure { overflow-x: auto; }
 pre { overflow-x: auto; background: var(--card); padding: 10px; border-radius: 8px; font-size: .8rem; }
 @media print { details { display: block; } nav { display: none; } }
 </style></head>

@@ -27,6 +27,7 @@ from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.errors import UserError
 from sam3jax.inference.detector import Detector, Variables
 from sam3jax.inference.full_size import Detections, fetch, full_size
+from sam3jax.inference.tiles import Tile, merged, put_back, tiles_of
 from sam3jax.model import Sam3
 from sam3jax.types import ImageFeatures, Prompts, TextFeatures
 from sam3jax.video.chunks import ChunkOptions
@@ -163,6 +164,29 @@ class Predictor:
             )
             for row, picture in enumerate(self.pictures)
         ]
+
+    @property
+    def size(self) -> int:
+        """Edge of the square that a picture is squashed to, in pixels."""
+        return self._size
+
+    def predict_tiled(
+        self, picture: Image.Image, phrases: Sequence[str], threshold: float | None = None
+    ) -> list[Detections]:
+        """All instances of each phrase in a large picture, looked at whole and in overlapping tiles.
+
+        Tiles have the model's size, so that nothing in them is squashed.
+        """
+        width, height = picture.size
+        tiles = [Tile(0, 0, width, height), *tiles_of(width, height, self._size)]
+        parts: list[list[tuple[Detections, Tile]]] = [[] for _ in phrases]
+        for start in range(0, len(tiles), self.at_once):
+            group = tiles[start : start + self.at_once]
+            self.set_images([picture.crop(t.box) if t != tiles[0] else picture for t in group])
+            for phrase, found in zip(phrases, parts, strict=True):
+                here = zip(self.predict_all(phrase, threshold=threshold), group, strict=True)
+                found += [(put_back(f, tile, width, height), tile) for f, tile in here]
+        return [merged(found, width, height) for found in parts]
 
     def video(
         self, frames: Any, phrases: Sequence[str], reverse: bool = False

@@ -29,7 +29,9 @@ from sam3jax.data.pictures import DataError
 from sam3jax.data.video_sets import open_frames
 from sam3jax.errors import UserError
 from sam3jax.files import write_text
-from sam3jax.viewing import draw
+from sam3jax.viewing import diagnosis, draw
+from sam3jax.viewing.charts import curves
+from sam3jax.viewing.meanings import MEANINGS, by_importance, less_is_better
 from sam3jax.viewing.page import page
 from sam3jax.viewing.run_files import by_picture, damage, not_as_written, read_json
 
@@ -81,7 +83,13 @@ def _page_of(folder: Path, datasets: Mapping[str, Dataset] | None, damaged: Sequ
     sections = [
         ("Damage", _note(not_as_written(folder, damaged)) if damaged else ""),
         ("Results", _tiles(evaluation) + _base_against_tuned(evaluation)),
+        ("Demo", _demo(folder)),
         ("Categories", _categories(evaluation)),
+        ("Phrases", diagnosis.phrases(evaluation.get("diagnosis", {}), _table)),
+        (
+            "Labels",
+            diagnosis.labels(evaluation.get("diagnosis", {}), datasets.get("valid"), _inline),
+        ),
         ("Curves", _curves(read_curves(folder / "metrics.jsonl"))),
         ("Pictures", _pictures(folder, evaluation, datasets.get("valid")) or _note(remark)),
         ("Data", _data(datasets) or _note(remark)),
@@ -172,7 +180,7 @@ def _curves(charts: Mapping[str, Series]) -> str:
             title = chart if not part else f"{chart} ({part + 1})"
             if len(lines) == 1 and next(iter(lines)) != title:
                 title = f"{title}: {next(iter(lines))}"
-            svg = draw.curves(lines, title=title, logarithmic=wide)
+            svg = curves(lines, title=title, logarithmic=wide)
             drawn[chart in _FIRST].append(f'<figure class="chart">{svg}</figure>')
     if not charts:
         return ""
@@ -203,16 +211,15 @@ def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
     if not metrics:
         return ""
     rows = []
-    for name, value in metrics.items():
-        row = [name, _number(value, name)]
+    for name in by_importance(list(metrics)):
+        row = [name, _number(metrics[name], name)]
         if base:
             row[1:1] = [_number(base.get(name), name)]
-            row.append(_change(base.get(name), value, worse_is_more="false" in name))
-        rows.append(row)
-    head = (
-        ["metric", "base", "tuned", "change"] if base else ["metric", evaluation.get("weights", "")]
-    )
-    return _table(head, rows)
+            row.append(_change(base.get(name), metrics[name], worse_is_more=less_is_better(name)))
+        words = Markup('<span class="words">{}</span>').format(MEANINGS.get(name, ""))
+        rows.append([*row, words])
+    head = ["metric", "base", "tuned", "change"] if base else ["metric", evaluation.get("weights", "")]  # fmt: skip
+    return _table([*head, ""], rows) + _note(diagnosis.certainty(evaluation))
 
 
 def _categories(evaluation: Mapping[str, Any]) -> str:
@@ -232,6 +239,25 @@ def _categories(evaluation: Mapping[str, Any]) -> str:
         table.append(cells)
     what = "masks" if kind == "segm" else "boxes"
     return _table(head, table) + _note(f"AP of {what}; precision, recall, F1 at IoU .5.")
+
+
+def _demo(folder: Path) -> str:
+    """What a demo measured on pictures or videos that it made itself, and what it drew of them."""
+    rows = read_json(folder / "demo.json", {}).get("results", {})
+    if not rows:
+        return ""
+    names = list(next(iter(rows.values())))
+    table = _table(["held out", *names], [[n, *map(_number, r.values())] for n, r in rows.items()])
+    shown = []
+    for film in sorted(folder.glob("demo*.mp4")):
+        source = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode("ascii")
+        shown.append(f'<video controls loop muted playsinline src="{source}"></video>')
+    for picture in sorted(folder.glob("demo*.png")):
+        with Image.open(picture) as image:
+            shown.append(
+                f'<figure><img loading="lazy" alt="{escape(picture.stem)}" src="{_jpeg(image)}"></figure>'
+            )
+    return f'{table}<div class="wide">{"".join(shown)}</div>'
 
 
 def _pictures(folder: Path, evaluation: Mapping[str, Any], dataset: Dataset | None) -> str:
@@ -289,9 +315,12 @@ def _picture(
 
 
 def _inline(instances: Sequence[draw.Instance], image: Image.Image) -> str:
+    return _jpeg(draw.overlay(image, instances, smallest=480, largest=480))
+
+
+def _jpeg(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    drawn = draw.overlay(image, instances, smallest=480, largest=480)
-    drawn.save(buffer, "JPEG", quality=82, subsampling=0)
+    image.convert("RGB").save(buffer, "JPEG", quality=82, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -91,7 +93,7 @@ class Checkpoints:
             return
         options = ocp.CheckpointManagerOptions(read_only=keep is None, create=keep is not None)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        for step in self._steps():
+        for step in self.steps():
             place, about = run / CHECKPOINTS / str(step), _read_about(run, step)
             if (found := read_validation(place, about.get("run"))) is not None:
                 self._validations[step] = found
@@ -103,7 +105,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
-        return max(self._steps(), default=None)
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """Of all checkpoints."""
+        return [] if self._manager is None else list(self._manager.all_steps())
 
     def best(self) -> int | None:
         """Step of the best validated checkpoint, else of the newest. Ties go to the later step."""
@@ -157,7 +163,7 @@ class Checkpoints:
 
     def save(self, step: int, weights: Tree, state: Any, about: dict[str, Any]) -> None:
         """Save in the background. A step that is there already is left alone."""
-        if step in self._steps():
+        if step in self.steps():
             return
         self.prune()
         if jax.process_index() == 0:  # the one that writes JSON
@@ -183,7 +189,7 @@ class Checkpoints:
     def prune(self) -> None:
         """Drop all but the newest `keep` and the best, once they are written."""
         self.wait()
-        steps = sorted(self._steps())
+        steps = sorted(self.steps())
         for step in steps[: -(self._keep or len(steps))]:
             if step != self.best():
                 self._writer.delete(step)
@@ -217,9 +223,6 @@ class Checkpoints:
     def _scored(self) -> list[tuple[float, int]]:
         return [(v["score"], step) for step, v in self._validations.items()]
 
-    def _steps(self) -> list[int]:
-        return [] if self._manager is None else list(self._manager.all_steps())
-
     def _check(self, step: int, **items: Any) -> None:
         """Raises ConfigError where arrays are not those that were saved."""
         sums = _read_about(self._run, step).get(SUMS)
@@ -235,7 +238,8 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         assert self._manager is not None
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            with _without_stragglers():
+                return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore have many kinds of them
             why = (str(error).splitlines() or [type(error).__name__])[0]
             what = f"it does not fit config.yaml, or a file of it was changed ({why})"
@@ -252,6 +256,23 @@ class Checkpoints:
             if any(word in str(error) for word in _FULL):
                 raise disk_full(self._folder) from error
             raise
+
+
+@contextlib.contextmanager
+def _without_stragglers() -> Iterator[None]:
+    """Arrays still being read when one fails find orbax's loop closed; each would print a traceback.
+
+    The last of them come late, so after an error their traces stay hidden.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (kind is RuntimeError and "loop is closed" in str(error)):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+    yield
+    sys.excepthook = before
 
 
 def _standard(abstract: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ CONFIG = "config.yaml"
 # What a run may change when it continues; anything else would make it another run. The base and the data may
 # lie elsewhere: fingerprints tell whether they are the same.
 MAY_CHANGE = {
-    "steps", "eval_every", "save_every", "save_minutes", "log_every", "keep", "max_skipped", "evaluation", "output",
+    "steps", "epochs", "patience", "min_improvement", "trackers", "eval_every", "save_every", "save_minutes", "log_every", "keep", "max_skipped", "evaluation", "output",
     "draw_batches", "resume", "id", "init", "data.train", "data.valid", "data.workers", "data.max_megapixels",
     "data.allow_outside",
 }  # fmt: skip
@@ -100,6 +101,7 @@ def read_run(path: str | Path, *, step: int | None = None) -> Run:
     checkpoints = Checkpoints(path)
     try:
         step = step if step is not None else checkpoints.best()
+        remark_missing(path, checkpoints.steps())
         if step is None:
             raise ConfigError(f"{path} has no checkpoint yet: train it, or give another run")
         about = checkpoints.about(step, config.id or "none")
@@ -117,6 +119,27 @@ def read_run(path: str | Path, *, step: int | None = None) -> Run:
         thresholds=validation.get("thresholds", {}), trained=trained, base_fingerprint=weights.fingerprint,
         metrics=validation.get("metrics", {}),
     )  # fmt: skip
+
+
+def remark_missing(path: Path, steps: Sequence[int]) -> None:
+    """Say which checkpoint is gone, where other files of a run speak of it. steps: of those that are there."""
+    for name, key in (("evaluation.json", "step"), ("summary.json", "steps")):
+        try:
+            told = json.loads((path / name).read_text())[key]
+        except (OSError, ValueError, KeyError, TypeError):  # the report says so
+            continue
+        # Training drops checkpoints; the best one, which evaluation.json is of, and the last one stay.
+        if (
+            steps
+            and isinstance(told, int)
+            and told not in steps
+            and (key == "step" or told > max(steps))
+        ):
+            others = ", ".join(map(str, sorted(steps)))
+            remark(
+                f"{path / name} speaks of step {told}, whose checkpoint is gone; there are {others}"
+            )
+            return
 
 
 def check_base(path: Path, config: Config, began: str, found: str) -> None:
