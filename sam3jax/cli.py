@@ -15,6 +15,7 @@ DOORS = {
     "train": ("sam3jax.train", "train a detector on your pictures"),
     "evaluate": ("sam3jax.evaluate", "measure a run, and compare it with its base"),
     "predict": ("sam3jax.predict", "find phrases in pictures"),
+    "app": ("sam3jax.app", "a page to click in, in the browser"),
     "doctor": ("sam3jax.doctor", "say what was read from a data set, and what is odd"),
     "plan": ("sam3jax.plan", "say whether a training fits a device, here or elsewhere"),
     "report": ("sam3jax.report", "write the report of a run again"),

@@ -181,6 +181,20 @@ def _export(parser: Parser) -> None:
     parser.add_argument("--detections", type=_whole, default=100, metavar="N", help="strongest ones that come out, default 100")  # fmt: skip
 
 
+def _app(parser: Parser) -> None:
+    parser.description = "A page to click in: pictures, phrases, clicks; masks are saved as COCO."
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--run", help="run folder: tuned and base side by side")
+    source.add_argument("--model", help="model folder; default: the tiny model of the package")
+    parser.add_argument(
+        "--data",
+        metavar="COCO_DIR",
+        help="where masks are saved; default: the run's training set, else app_masks",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+
+
 def _report(parser: Parser) -> None:
     parser.description = "Write report.html into a run folder."
     parser.add_argument("run", metavar="RUN", help="run folder")
@@ -213,6 +227,7 @@ PARSERS: dict[str, Callable[[Parser], None]] = {
     "doctor": _doctor,
     "report": _report,
     "export": _export,
+    "app": _app,
     "demo": _demo,
     "plan": _plan,
     "settings": _list_settings,

@@ -31,7 +31,7 @@ FLOORS = (
         "evaluate_clicks",
         "doctor_videos",
     ),  # halves of the doors below
-    ("train", "evaluate", "predict", "doctor", "report", "settings", "plan", "export"),
+    ("train", "evaluate", "predict", "doctor", "report", "settings", "plan", "export", "app"),
     ("demo_video",),  # the half of `demo` for videos
     ("demo",),  # trains and evaluates
     ("cli",),

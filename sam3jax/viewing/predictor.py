@@ -49,6 +49,9 @@ class PromptError(UserError):
 class Predictor:
     """Asks a model about a picture, or about several at once; the backbone runs once per picture.
 
+    It finds all instances of a phrase or of what boxes show. One object by points, a box or a mask:
+    sam3jax.ClickPredictor.
+
     thresholds: phrase -> score from which a detection counts; others use config.threshold.
     mesh: devices of this process, over which pictures are split; None: the first one.
     reading: how files become pixels, as in the run's training.
