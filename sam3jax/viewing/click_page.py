@@ -117,9 +117,8 @@ def build(studio: Studio, folder: str) -> Any:
         return work, f"{new} new masks of “{phrase.strip()}” in {file}."
 
     def picture_of_side(k: int) -> Any:
-        return gr.HTML(
-            elem_id=f"side{k}", elem_classes=["picture"], js_on_load=_SCRIPT, min_width=280
-        )
+        with gr.Column(min_width=280):
+            return gr.HTML(elem_id=f"side{k}", elem_classes=["picture"], js_on_load=_SCRIPT)
 
     with gr.Blocks(title="sam3jax", analytics_enabled=False) as page:
         work = gr.State(None)
