@@ -171,10 +171,14 @@ def build(studio: Studio, folder: str) -> Any:
 def launch(page: Any, *, host: str, port: int | None, wait: bool = True) -> str:
     """Serve the page; its address. Returns at once where it shall not wait."""
     theme = gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    _, url, _ = page.launch(
-        server_name=host, server_port=port, share=False, quiet=True, theme=theme, css=_CSS,
-        prevent_thread_lock=True, show_error=True,
-    )  # fmt: skip
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, share=False, quiet=True, theme=theme, css=_CSS,
+            prevent_thread_lock=True, show_error=True,
+        )  # fmt: skip
+    except (OSError, OverflowError) as error:
+        at = f"{host}, port {port}" if port else host
+        raise FileError(f"cannot serve at {at} ({error}): give another --port or --host") from None
     print(f"click at {url} (Ctrl-C ends it)", flush=True)
     if wait:
         page.block_thread()
