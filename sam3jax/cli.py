@@ -19,6 +19,7 @@ DOORS = {
     "doctor": ("sam3jax.doctor", "say what was read from a data set, and what is odd"),
     "plan": ("sam3jax.plan", "say whether a training fits a device, here or elsewhere"),
     "report": ("sam3jax.report", "write the report of a run again"),
+    "export": ("sam3jax.export", "write a model as programs that need jax alone"),
     "demo": ("sam3jax.demo", "teach a tiny model five concepts, from beginning to end"),
     "convert": ("convert.__main__", "weights in, weights out, what is in a file"),
     "settings": ("sam3jax.settings", "list every setting with its meaning and bounds"),

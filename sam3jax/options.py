@@ -72,7 +72,9 @@ def _predict(parser: Parser) -> None:
     parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
-    source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
+    source.add_argument(
+        "--model", help="not a run: a model folder, a checkpoint, or a hub id such as facebook/sam3"
+    )
     parser.add_argument("--base", action="store_true", help="the model that the run started from")
     parser.add_argument(
         "--phrase",
@@ -95,6 +97,10 @@ def _predict(parser: Parser) -> None:
         action="store_true",
         help="large pictures in overlapping parts of the model's size, instead of squashed to it",
     )
+    parser.add_argument(
+        "--max-megapixels", type=_megapixels, default=500, metavar="N",
+        help="larger pictures are refused before they fill the memory; default 500",
+    )  # fmt: skip
     parser.add_argument("--output", default="predictions", help="folder for overlays and JSON")
     parser.add_argument("--no-overlay", action="store_true", help="JSON only")
     parser.add_argument(
@@ -161,6 +167,20 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--out", metavar="COCO_DIR", help="new folder that --import writes")
 
 
+def _export(parser: Parser) -> None:
+    parser.description = "Write a model as StableHLO programs that run with jax alone."
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
+    parser.add_argument("--base", action="store_true", help="the model that the run started from")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--phrase", action="append", default=[], type=_phrase,
+        help="whose tokens are written beside the programs; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--detections", type=_whole, default=100, metavar="N", help="strongest ones that come out, default 100")  # fmt: skip
+
+
 def _app(parser: Parser) -> None:
     parser.description = "A page to click in: pictures, phrases, clicks; masks are saved as COCO."
     source = parser.add_mutually_exclusive_group()
@@ -206,6 +226,7 @@ PARSERS: dict[str, Callable[[Parser], None]] = {
     "predict": _predict,
     "doctor": _doctor,
     "report": _report,
+    "export": _export,
     "app": _app,
     "demo": _demo,
     "plan": _plan,
@@ -292,12 +313,22 @@ def _score(text: str) -> float:
 
 
 def _seconds(text: str) -> float:
+    return _positive(text, 86_400, "seconds")
+
+
+def _megapixels(text: str) -> float:
+    return _positive(text, 100_000, "megapixels")
+
+
+def _positive(text: str, most: float, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected {what}, more than 0, at most {most:,}"
+        )
     return value
 
 

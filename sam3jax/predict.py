@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.model
         else Predictor.from_run(options.run, base=options.base, mesh=local_mesh())
     )
+    predictor.reading = replace(predictor.reading, megapixels=options.max_megapixels)
     for phrase in options.phrase or [VISUAL]:
         predictor.check_phrase(phrase)
     output = make_folder(options.output)
@@ -174,7 +176,7 @@ def predict_files(
                     failed += 1
                     print(f"{plain(file)}: {plain(found)}", file=sys.stderr)
                     continue
-                if (frames := read_header(file).frames) > 1:
+                if (frames := read_header(file, options.max_megapixels).frames) > 1:
                     first = f"the first of {frames} frames is looked at"
                     print(f"{plain(file)}: {first}", file=sys.stderr)
                 width, height = picture.size
@@ -209,11 +211,17 @@ class Squashed:
 
     def say(self) -> None:
         """One line for all of them."""
-        if self._number:
-            remark(
-                f"{self._number} pictures, {self._first} first, were squashed more than {_MUCH} times to {self._size} x "
-                f"{self._size} pixels, where small things are lost: --tile looks at their parts as well"
-            )
+        if not self._number:
+            return
+        who = (
+            f"{self._first} was"
+            if self._number == 1
+            else f"{self._number} pictures, {self._first} first, were"
+        )
+        remark(
+            f"{who} squashed more than {_MUCH} times to {self._size} x {self._size} pixels, where small things are "
+            "lost: --tile looks at the parts as well"
+        )
 
 
 Read = tuple[int, Path, Image.Image | DataError]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
         if options.model
         else ClickPredictor.from_run(options.run, base=options.base)
     )
+    predictor.reading = replace(predictor.reading, megapixels=options.max_megapixels)
     names = [] if options.no_overlay else [overlay_name(n, f) for n, f in enumerate(files, 1)]
     clear_stale(output, names, files)
     failed = 0

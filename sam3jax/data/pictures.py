@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import struct
+import threading
 import time
 import warnings
 import zlib
@@ -22,8 +23,9 @@ from sam3jax.data.ledger import DataError
 
 __all__ = ["DataError", "Header", "Reading", "open_rgb", "read_header", "read_picture"]
 
-# Beyond Pillow's own guard, 178 megapixels, it refuses by itself; it stays on for the whole process.
+# Pillow's own guard. It stays on for the whole process; who asks for more megapixels passes by it.
 MOST_MEGAPIXELS = 178
+_GUARD = threading.Lock()
 _BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, IndexError,
            KeyError, TypeError, OverflowError, MemoryError, Image.DecompressionBombError)  # fmt: skip
 _ORIENTATION = 0x0112  # EXIF
@@ -226,15 +228,25 @@ def _looks_complete(file: Path) -> bool:
 def _open(file: Path, megapixels: float) -> Image.Image:
     if file.suffix.lower() in _HEIC:
         _read_heic()
-    image = Image.open(file)
+    image = Image.open(file) if megapixels <= MOST_MEGAPIXELS else _past_guard(file)
     width, height = image.size
     if width * height > megapixels * 1e6:
         image.close()
         raise DataError(
             f"picture {file} has {width * height / 1e6:.0f} megapixels, at most {megapixels:g} are read: "
-            f"make it smaller, or raise data.max_megapixels (up to {MOST_MEGAPIXELS})"
+            f"make it smaller, or raise data.max_megapixels (up to {MOST_MEGAPIXELS}), --max-megapixels of predict"
         )
     return image
+
+
+def _past_guard(file: Path) -> Image.Image:
+    """Pillow compares the size while it reads the header, and `_open` does behind it."""
+    with _GUARD:
+        most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = most
 
 
 @functools.cache

@@ -75,6 +75,8 @@ class RunLog:
                 if _is_kept(line, last)
             ]
             write_text(file, "".join(f"{line}\n" for line in kept))
+        elif step:
+            self.say(f"note: {file} is gone: its curves begin again behind step {step}")
         self._file = file.open("a")
         about = About(run, id, step, dict(flat(config.model_dump(mode="json"))))
         self._trackers = Trackers(config.trackers, about, self.say)

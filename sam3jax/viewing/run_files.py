@@ -11,6 +11,7 @@ from typing import Any
 from sam3jax.checksums import RECORD, changed, is_whole_text
 from sam3jax.data.pictures import DataError
 
+_CONFIG = "config.yaml"
 _SHOWN = (
     "evaluation.json",
     "predictions.json",
@@ -18,17 +19,16 @@ _SHOWN = (
     "summary.json",
     "metrics.jsonl",
 )
-_CONFIG = "config.yaml"
 
 
 def damage(folder: Path) -> list[str]:
     """Names of files that are gone or changed."""
-    found = changed(folder, _SHOWN)
+    found = changed(folder, (*_SHOWN, _CONFIG))
     if found == [RECORD] and not any((folder / name).is_file() for name in _SHOWN):
         found = []  # nothing was written yet
     config = folder / _CONFIG
     whole = not config.is_file() or is_whole_text(config.read_text(errors="replace"))
-    return found if whole else [*found, _CONFIG]
+    return found if whole or _CONFIG in found else [*found, _CONFIG]
 
 
 def not_as_written(folder: Path, names: Sequence[str]) -> str:

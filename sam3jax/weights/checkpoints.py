@@ -18,7 +18,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -86,6 +85,7 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int | None = None) -> None:
         # Opening to read makes orbax warn that it will not write.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("asyncio").addFilter(_was_awaited)
         self._run, self._folder, self._keep = run, (run / CHECKPOINTS).absolute(), keep
         self._manager: ocp.CheckpointManager | None = None
         self._validations: dict[int, dict[str, Any]] = {}
@@ -264,15 +264,20 @@ def _without_stragglers() -> Iterator[None]:
 
     The last of them come late, so after an error their traces stay hidden.
     """
-    before = sys.excepthook
+    before = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (kind is RuntimeError and "loop is closed" in str(error)):
-            before(kind, error, trace)
+    def hook(trouble: sys.UnraisableHookArgs) -> None:
+        if "Event loop is closed" not in str(trouble.exc_value):
+            before(trouble)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
     yield
-    sys.excepthook = before
+    sys.unraisablehook = before
+
+
+def _was_awaited(record: logging.LogRecord) -> bool:
+    """Of several reads that fail, orbax awaits one; the others are logged when they are collected."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _standard(abstract: Any) -> Any:
