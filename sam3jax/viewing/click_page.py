@@ -117,9 +117,8 @@ def build(studio: Studio, folder: str) -> Any:
         return work, f"{new} new masks of “{phrase.strip()}” in {file}."
 
     def picture_of_side(k: int) -> Any:
-        return gr.HTML(
-            elem_id=f"side{k}", elem_classes=["picture"], js_on_load=_SCRIPT, min_width=280
-        )
+        with gr.Column(min_width=280):
+            return gr.HTML(elem_id=f"side{k}", elem_classes=["picture"], js_on_load=_SCRIPT)
 
     with gr.Blocks(title="sam3jax", analytics_enabled=False) as page:
         work = gr.State(None)
@@ -172,10 +171,14 @@ def build(studio: Studio, folder: str) -> Any:
 def launch(page: Any, *, host: str, port: int | None, wait: bool = True) -> str:
     """Serve the page; its address. Returns at once where it shall not wait."""
     theme = gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    _, url, _ = page.launch(
-        server_name=host, server_port=port, share=False, quiet=True, theme=theme, css=_CSS,
-        prevent_thread_lock=True, show_error=True,
-    )  # fmt: skip
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, share=False, quiet=True, theme=theme, css=_CSS,
+            prevent_thread_lock=True, show_error=True,
+        )  # fmt: skip
+    except (OSError, OverflowError) as error:
+        at = f"{host}, port {port}" if port else host
+        raise FileError(f"cannot serve at {at} ({error}): give another --port or --host") from None
     print(f"click at {url} (Ctrl-C ends it)", flush=True)
     if wait:
         page.block_thread()

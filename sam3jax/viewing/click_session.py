@@ -96,10 +96,11 @@ class Studio:
     def find(self, work: Work, phrase: str) -> list[int]:
         """All instances of a phrase become masks that are done; how many each side found."""
         picture = _picture(work)
+        for side in self.sides:
+            side.phrases.check_phrase(phrase)
         work.rounds, counts = [], []
         with self._turn:
             for k, side in enumerate(self.sides):
-                side.phrases.check_phrase(phrase)
                 self._set(side.phrases, picture)
                 masks = [m for m in side.phrases.predict(phrase).decode_masks() if m.any()]
                 work.done[k] = masks
