@@ -48,18 +48,19 @@ def _keep_apart(src: Path, out: Path) -> None:
 
 def _torch_to_jax(o: argparse.Namespace) -> list[str]:
     return torch_to_jax(
-        o.src, o.out, dtype=o.dtype, tokenizer=o.tokenizer, overrides=_settings(o.set)
-    )
+        o.src, o.out, dtype=o.dtype, tokenizer=o.tokenizer, adapter=o.adapter, overrides=_settings(o.set)
+    )  # fmt: skip
 
 
 def _jax_to_torch(o: argparse.Namespace) -> list[str]:
     _keep_apart(o.src, o.out)
     source = open_source(o.src)
+    compare = None if o.no_compare else o.compare
     if o.adapter:
-        return export_adapter(source, o.out, o.base)
+        return export_adapter(source, o.out, o.base, compare=compare, phrases=o.phrase)
     return export(
         source, o.out, layout=o.layout, dtype=o.dtype, prefix=o.prefix, detector_only=o.detector_only, base=o.base,
-        compare=o.compare,
+        compare=compare, phrases=o.phrase,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from convert.archive import odd_dtypes, read_archive
+from convert.folders import CARRIED, VOCABULARIES, candidates, series, weights_among
 from sam3jax.files import FileError, refuse_foreign, whole
 from sam3jax.weights.tensor_file import Tensor, read_header, read_named, stream_tensors
 
-_SHARD = re.compile(r"^(.*)-\d+-of-(\d+\.\w+)$")
 _TRANSFORMERS = "detr_decoder."  # in a transformers checkpoint, in no other
-CARRIED = ".carried.safetensors"  # beside a checkpoint: what its layout has no place for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Checkpoint:
     carried: tensors that an earlier export kept beside the file. config: the `config.json` beside weights
     under transformers' names, if any. tokenizer: the file beside the weights that holds a vocabulary, if any.
     ignored: other things in the file, such as an optimizer's state. others: checkpoints beside it in
-    the folder that was asked for.
+    the folder that was asked for. files: all that a conversion reads of it.
     """
 
     path: Path
@@ -41,6 +39,7 @@ class Checkpoint:
     tokenizer: Path | None = None
     ignored: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -56,11 +55,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileError(f"there is no {path}: give the path of a checkpoint file or folder")
-    file = _weights_in(path) if path.is_dir() else path
+    names = [file.name for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+    file = path / weights_among(names, path) if path.is_dir() else path
     ignored: tuple[str, ...] = ()
     refuse_foreign(file)
+    shards: list[Path] = []
     if file.name.endswith(".index.json"):
-        tensors = _read_shards(file)
+        tensors, shards = _read_shards(file)
     elif _looks_like_safetensors(file):
         tensors = read_header(file)[0]
     else:
@@ -72,42 +73,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     written = file.parent / "config.json"
     # Beside a published checkpoint a config.json is somebody else's.
     transformers = any(_TRANSFORMERS in name for name in tensors)
-    config = _read_json(written) if transformers and written.is_file() else None
-    others = tuple(p.name for p in _candidates(path) if p != file) if path.is_dir() else ()
-    vocabulary = _tokenizer_beside(file.parent)
-    return Checkpoint(file, tensors, carried, config, vocabulary, ignored, others)
+    config = read_json(written) if transformers and written.is_file() else None
+    others = tuple(name for name in candidates(names) if name != file.name)
+    vocabulary = next((f for name in VOCABULARIES if (f := file.parent / name).is_file()), None)
+    files = [file, *shards, *([beside] if carried else []), *([written] if config else [])]
+    files += [vocabulary] if vocabulary else []
+    return Checkpoint(file, tensors, carried, config, vocabulary, ignored, others, tuple(files))
 
 
-def _weights_in(folder: Path) -> Path:
-    """The one checkpoint of a folder; safetensors before pickles, the whole before shards."""
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).is_file():
-            return folder / name
-    files = _candidates(folder)
-    if len(files) == 1:
-        return files[0]
-    if not files and (shards := sorted(folder.glob("*-of-*"))):
-        raise FileError(
-            f"{folder} holds {len(shards)} shards ({shards[0].name}, ...) without their index: download "
-            "model.safetensors.index.json too"
-        )
-    found = ", ".join(p.name for p in files) or "no .pt or .safetensors file"
-    raise FileError(f"{folder} holds {found}: give the path of one checkpoint file")
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Checkpoint files of a folder, shards and what exports keep aside left out."""
-    endings = (".safetensors", ".pt", ".pth", ".bin")
-    files = sorted(p for p in folder.iterdir() if p.suffix in endings)
-    return [p for p in files if not p.name.endswith(CARRIED) and "-of-" not in p.name]
-
-
-def _tokenizer_beside(folder: Path) -> Path | None:
-    names = ("tokenizer.json", "bpe_simple_vocab_16e6.txt.gz", "merges.txt")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileError where the file holds none."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -129,8 +104,9 @@ def _looks_like_safetensors(path: Path) -> bool:
     )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    weight_map = _read_json(index).get("weight_map")
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
+    """The tensors of an index, unread, and the files that hold them."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise FileError(
             f"{index} has no weight_map of tensor names to file names: is it the index of a sharded checkpoint?"
@@ -150,7 +126,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if lost:
         raise FileError(f"{index} names tensors that its shards do not hold: {', '.join(lost)}")
     _check_surplus(index, weight_map, contents)
-    return {tensor: contents[shard][tensor] for tensor, shard in weight_map.items()}
+    tensors = {tensor: contents[shard][tensor] for tensor, shard in weight_map.items()}
+    return tensors, list(shards.values())
 
 
 def _check_surplus(
@@ -168,11 +145,11 @@ def _check_surplus(
             f"{index} and its shards do not belong together: they hold {len(surplus)} tensors more: "
             f"{', '.join(surplus)}; download all of them again"
         )
-    siblings = {_SHARD.sub(r"\1-of-\2", name) for name in contents}
+    siblings = {series(name) for name in contents}
     unlisted = [
         p.name
         for p in sorted(index.parent.glob("*-of-*"))
-        if p.name not in contents and _SHARD.sub(r"\1-of-\2", p.name) in siblings
+        if p.name not in contents and series(p.name) in siblings
     ]
     if unlisted:
         raise FileError(

@@ -11,6 +11,8 @@ from sam3jax.data.tokenizer import ENDS, STARTS
 from sam3jax.files import FileError
 from sam3jax.weights.names import PROJECTION
 
+PROCESSOR_LENGTH = 32  # tokens that Sam3Processor pads phrases to, whatever the tokenizer says
+
 # (section, field, setting); `depth` is the number of ViT blocks.
 _STATED = (
     ("vision_config.backbone_config", "num_hidden_layers", "depth"),

@@ -14,8 +14,9 @@ import numpy as np
 
 from convert import tracker
 from convert.adapters import count_layers, merge
-from convert.differences import measured, warnings
-from convert.files import CARRIED, write_checkpoint
+from convert.differences import compared
+from convert.files import write_checkpoint
+from convert.folders import CARRIED
 from convert.huggingface_config import huggingface_config, processor_files
 from convert.layouts import LAYOUTS
 from convert.model_card import CARD, model_card
@@ -52,7 +53,8 @@ def export(
     prefix: str | None = None,
     detector_only: bool = False,
     base: str | None = None,
-    compare: Sequence[Path] = (),
+    compare: Sequence[Path] | None = (),
+    phrases: Sequence[str] = (),
 ) -> list[str]:
     """Write a torch checkpoint. Returns what a person should know, in sentences.
 
@@ -60,7 +62,7 @@ def export(
     `.safetensors` file; a transformers export to any other name is a folder with `config.json` beside.
     dtype: of every float; None: as stored, and float32 where something was trained. prefix: what stands before the detector's names; None: as it was, and as the layout has it.
     base: what the model card of a transformers folder names as the model that was trained.
-    compare: pictures on which the difference to the program of this layout is measured.
+    compare, phrases: see `compared`: on what the difference to the program of this layout is measured.
     Raises FileError, after which nothing was written.
     """
     folder, adapters = source.folder, source.adapters
@@ -83,9 +85,7 @@ def export(
         lines.append(f"{count_layers(adapters)} adapters merged")
     if dtype and source.training:
         lines += rounding(folder, source.training, dtype)
-    lines += warnings(folder.config, layout)
-    if compare:
-        lines += measured(source, layout, compare)
+    lines += compared(source, layout, compare, phrases, dtype)
     if rest:
         lines.append(f"kept beside, for the way back: {', '.join(_kinds(rest))}")
     if layout == "huggingface" and out.suffix not in (".safetensors", ".pt", ".pth", ".bin"):

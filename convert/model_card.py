@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
+from convert.huggingface_config import PROCESSOR_LENGTH
 from convert.sources import Source
 from sam3jax.config import ModelConfig
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_PROCESSOR_LENGTH = 32  # tokens, whatever the tokenizer says
 _LICENSE = {
     "license": "other",
     "license_name": "sam-license",
@@ -116,13 +116,13 @@ def _differences(config: ModelConfig) -> list[str]:
         lines.append(
             "- transformers leaves the geometry encoder out where a prompt has no box; this model was trained "
             "with it. **Scores, boxes and masks of phrases alone differ there**, and may be worse. Train with "
-            "`model.geometry_without_boxes=false` for equal answers."
+            "`destination=transformers` for equal answers."
         )
     if not config.clamp_presence:
         lines.append("- transformers clamps presence logits to -10..10.")
-    if config.text_length != _PROCESSOR_LENGTH:
+    if config.text_length != PROCESSOR_LENGTH:
         lines.append(
-            f"- Sam3Processor pads phrases to {_PROCESSOR_LENGTH} tokens, this model reads {config.text_length}: cut "
+            f"- Sam3Processor pads phrases to {PROCESSOR_LENGTH} tokens, this model reads {config.text_length}: cut "
             f"`input_ids` and `attention_mask` to `[:, :{config.text_length}]`."
         )
     return lines or ["- Same answers as in sam3jax."]

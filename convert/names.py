@@ -82,7 +82,7 @@ def sort_tensors(
 
     Raises FileError, by name, for SAM and SAM 2 checkpoints, trackers and anything else.
     """
-    tensors = _unwrapped(tensors)
+    tensors = unwrapped(tensors)
     wrapper = _wrapper(tensors)
     bare = {n.removeprefix(wrapper): t for n, t in tensors.items() if n.startswith(wrapper)}
     kind, detector = _recognise(bare)
@@ -127,7 +127,7 @@ def sort_tensors(
     return Sorted(layout, live, carried | beside, tuple(unknown), stored)
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without what torch.compile, FSDP and activation checkpointing put into names, anywhere."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -232,8 +232,6 @@ def _pieces(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[int, Tensor]]
 def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
     """The layout and the detector's prefix, or FileError with what it is instead."""
     joined = "\n" + "\n".join(bare)
-    if adapters := len(re.findall(r"\.lora_A\.", joined)):
-        raise FileError(_adapters(adapters, alone=".base_layer." not in joined))
     if found := _detector(bare):
         return found
     if re.search(
@@ -254,22 +252,13 @@ def _recognise(bare: Mapping[str, Tensor]) -> tuple[str, str]:
         raise FileError(
             "this checkpoint holds a SAM 3 tracker without its detector; take the whole sam3.pt or model.safetensors"
         )
+    if "\nvit/" in joined:
+        raise FileError(
+            "these are the arrays of a model folder whose config.json is damaged or gone: convert the checkpoint again"
+        )
     some = ", ".join(list(bare)[:3])
     raise FileError(
         f"no SAM 3 detector in this checkpoint of {len(bare)} tensors (the first: {some})"
-    )
-
-
-def _adapters(layers: int, alone: bool) -> str:
-    remedy = "merge them with peft's merge_and_unload(), save that model and convert it"
-    if alone:
-        return (
-            f"these are LoRA adapters ({layers} layers) without their base model: load them onto it with "
-            f"peft.PeftModel.from_pretrained, {remedy}"
-        )
-    return (
-        f"this is a peft model whose LoRA adapters ({layers} layers) are not merged into its weights (base_layer): "
-        f"{remedy}"
     )
 
 

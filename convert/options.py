@@ -31,12 +31,20 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="a torch checkpoint, published or transformers layout, to a model folder",
     )
     command.add_argument(
-        "--src", required=True, type=Path, help=".pt, .safetensors, index of shards, or folder"
+        "--src",
+        required=True,
+        type=Path,
+        help=".pt, .safetensors, index of shards, folder, or facebook/sam3 on the hub",
     )
     command.add_argument("--out", required=True, type=Path, help="model folder to write")
+    command.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="LoRA adapters of peft, to be merged into it"
+    )
     command.add_argument("--dtype", choices=FLOATS, help="of every float; default: as stored")
     command.add_argument(
-        "--tokenizer", type=Path, help="tokenizer.json, or CLIP's bpe_simple_vocab_16e6.txt.gz"
+        "--tokenizer",
+        type=Path,
+        help="tokenizer.json, or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside, or one that is found",
     )
     command.add_argument(
         "--set",
@@ -77,7 +85,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="PICTURE",
-        help="measure on these how answers differ where the export is opened",
+        help="measure on these how answers differ where the export is opened; default: where they will, on two of "
+        "the run's own",
+    )
+    command.add_argument("--no-compare", action="store_true", help="measure nothing")
+
+    command.add_argument(
+        "--phrase",
+        action="append",
+        default=[],
+        help="asked by --compare; default: the run's own; may be given several times",
     )
 
     command = commands.add_parser(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.adapters import Adapters, merge
-from convert.differences import warnings
+from convert.differences import compared
 from convert.jax_to_torch import assemble
 from convert.model_card import CARD, base_name, model_card
 from convert.sources import Source
@@ -31,8 +31,19 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _BEFORE = "base_model.model."
 
 
-def export_adapter(source: Source, out: str | Path, base: str | None = None) -> list[str]:
-    """Write a run's adapters and what else it trained. Raises FileError where peft cannot hold all of it."""
+def export_adapter(
+    source: Source,
+    out: str | Path,
+    base: str | None = None,
+    *,
+    compare: Sequence[Path] | None = (),
+    phrases: Sequence[str] = (),
+) -> list[str]:
+    """Write a run's adapters and what else it trained. Returns what a person should know, in sentences.
+
+    compare, phrases: see `compared`: on what the difference to transformers is measured.
+    Raises FileError where peft cannot hold all of it.
+    """
     training, config = source.training, source.folder.config
     if training is None:
         raise FileError(
@@ -54,7 +65,7 @@ def export_adapter(source: Source, out: str | Path, base: str | None = None) -> 
     name = base_name(source, base)
     card = model_card(source, base, adapter=True)
     lines = write_adapter(out, source.adapters, config, name, saved, card)
-    lines += warnings(config, "huggingface")
+    lines += compared(source, "huggingface", compare, phrases)
     if not base:
         lines.append(f"base: {name}; --base names it as others find it, for example facebook/sam3")
     return lines

@@ -21,12 +21,12 @@ from convert.huggingface_config import read_huggingface_config
 from convert.interactive_sizes import interactive_sizes
 from convert.names import huggingface_shapes
 from convert.weights import ConversionError
-from sam3jax.config import PRESETS, ModelConfig, explain, parse_config
+from sam3jax.config import DESTINATIONS, PRESETS, ModelConfig, explain, parse_config
 from sam3jax.weights.names import DECODER, FUSION, GEOMETRY, TEXT, VIT, carried_shapes
 from sam3jax.weights.tensor_file import Tensor
 
 # What an export to transformers computes differently; its own checkpoints are read with these.
-HUGGINGFACE_SWITCHES = dict(vit_norm_eps=1e-6, geometry_without_boxes=False, clamp_presence=True)
+HUGGINGFACE_SWITCHES = {"vit_norm_eps": 1e-6, **DESTINATIONS["transformers"]}
 HEAD_WIDTH = 64  # of both published towers
 
 

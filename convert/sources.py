@@ -17,6 +17,7 @@ from sam3jax.weights.names import entries, parts_of
 from sam3jax.weights.parts import by_official_name, live_parts
 from sam3jax.weights.run_folder import CONFIG, Run, read_run
 from sam3jax.weights.scope import scope_of
+from sam3jax.weights.start import open_start
 from sam3jax.weights.tensor_file import Tensor
 from sam3jax.weights.trainable import adapted_entries, trained_entries
 from sam3jax.weights.tree import flatten
@@ -66,7 +67,7 @@ def open_source(path: str | Path) -> Source:
     chain = _chain(path)
     configs = [load_config(file / CONFIG) for file in chain]
     base = configs[-1].init
-    root = open_model_folder(base) if base else None
+    root = open_start(base) if base else None
     moved = frozenset(
         entry.name
         for config in configs
@@ -74,6 +75,8 @@ def open_source(path: str | Path) -> Source:
     )
     adapters = adapters_of(run.variables.get("lora", {}), run.variables.get("lora_scale", {}))
     tuned, start = flatten(run.variables["params"]), flatten(run.base_variables["params"])
+    # What the run did not train is read from the folder again: kept here, it would lie in memory twice.
+    run = dataclasses.replace(run, variables={}, base_variables={}, trained={})
     if root is None:
         leaves = {name: Tensor.of(np.asarray(leaf)) for name, leaf in tuned.items()}
         folder = ModelFolder(path, run.config.model, leaves, {}, run.tokenizer.to_json(), {})

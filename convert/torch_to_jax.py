@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 from collections import Counter
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from convert.adapters import Adapters, count_layers
-from convert.files import Checkpoint, read_checkpoint
+from convert.hub import find_vocabulary
 from convert.layouts import FLOATS
-from convert.names import Layout, Sorted, mixed_dtypes, sort_tensors
-from convert.sizes import infer_config, missing_dead
+from convert.names import Layout, mixed_dtypes
+from convert.reading import Reading, understand
+from convert.sizes import missing_dead
 from convert.tracker import NECKS, is_multiplex
-from convert.values import refuse_broken, value_notes
+from convert.values import Watch, looked_at, value_notes
 from convert.weights import ConversionError, flax_tensors, misfits, narrowed, report
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer, build_clip_tokenizer
@@ -27,42 +27,7 @@ from sam3jax.weights.model_folder import ModelFolder, is_model_folder, save_mode
 from sam3jax.weights.tensor_file import DTYPES, Tensor, is_float
 
 CLIP_VOCABULARY = 49408
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """A checkpoint understood: its tensors by use, the configuration, and remarks in words."""
-
-    checkpoint: Checkpoint
-    sorted: Sorted
-    config: ModelConfig
-    notes: tuple[str, ...]
-
-
-def understand(src: str | Path, overrides: Mapping[str, Any] | None = None) -> Reading:
-    """Open a checkpoint, tell its layout and its size. Reads no weights.
-
-    Raises FileError or ConversionError in words.
-    """
-    checkpoint = read_checkpoint(src)
-    sorted_ = sort_tensors(checkpoint.tensors, checkpoint.carried)
-    config, notes = infer_config(
-        sorted_.live,
-        sorted_.carried,
-        layout=sorted_.layout.kind,
-        stored=sorted_.stored,
-        written=checkpoint.config,
-        overrides=overrides,
-    )
-    if checkpoint.ignored:
-        notes.append(
-            f"beside the weights the file holds, left out: {', '.join(checkpoint.ignored)}"
-        )
-    if checkpoint.others:
-        notes.append(
-            f"the folder also holds {', '.join(checkpoint.others)}; give the file's path to take that instead"
-        )
-    return Reading(checkpoint, sorted_, config, tuple(notes))
+MERGES = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def torch_to_jax(
@@ -71,22 +36,33 @@ def torch_to_jax(
     *,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write the model folder of a checkpoint. Returns what a person should know, in sentences.
 
-    dtype: of every float ("float32", "bfloat16", "float16"); None: as stored. tokenizer: a
-    `tokenizer.json` or CLIP's merges file; None: the one beside the checkpoint, or one that is installed.
-    Raises FileError or ConversionError, after which nothing was written.
+    src, adapter: see `understand`. dtype: of every float ("float32", "bfloat16", "float16"); None: as
+    stored. tokenizer: a `tokenizer.json` or CLIP's merges file; None: the one beside the checkpoint, or one
+    that is found. Raises FileError or ConversionError, after which nothing was written.
     """
-    reading = understand(src, overrides)
+    return write_folder(understand(src, overrides, adapter), out, dtype=dtype, tokenizer=tokenizer)
+
+
+def write_folder(
+    reading: Reading,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> list[str]:
+    """`torch_to_jax` of a checkpoint that is understood already."""
     found, carried, notes = reading.sorted, reading.sorted.carried, list(reading.notes)
+    used, beside = Watch(), Watch()
     leaves = flax_tensors(
-        found.live, reading.config, carried=carried, surplus=found.unknown, stored=found.stored
-    )
-    notes += refuse_broken(found.live, carried)
+        used.over(found.live), reading.config, carried=carried, surplus=found.unknown, stored=found.stored
+    )  # fmt: skip
     text, origin = find_tokenizer(reading.config, tokenizer or reading.checkpoint.tokenizer)
-    layout = reading.sorted.layout
+    layout = found.layout
     source = {
         "file": reading.checkpoint.path.name,
         "layout": layout.kind,
@@ -94,7 +70,9 @@ def torch_to_jax(
         "detector": layout.detector,
         "doubled": layout.doubled,
     }
-    if dtype is None and (narrow := narrowed(reading.sorted.live, leaves, reading.config)):
+    if reading.hub:
+        source["hub"] = reading.hub
+    if dtype is None and (narrow := narrowed(found.live, leaves, reading.config)):
         source["dtypes"] = narrow
     if dtype is None and (mixed := mixed_dtypes(found.stored or {})):
         notes.append(
@@ -103,13 +81,15 @@ def torch_to_jax(
     if tracker := (reading.checkpoint.config or {}).get("tracker_config"):
         source["tracker_config"] = tracker
     save_model_folder(
-        out, reading.config, cast(leaves, dtype), text, carried=cast(carried, dtype), source=source
-    )
+        out, reading.config, cast(leaves, dtype), text, carried=cast(beside.over(carried), dtype),
+        source=source, approve=used.refuse_broken,
+    )  # fmt: skip
     return [
-        f"{out}: {_count(leaves)} from {len(reading.sorted.live)} tensors, {_count(carried)} carried, {_dtypes(leaves, dtype)}",
+        f"{out}: {_count(leaves)} from {len(found.live)} tensors, {_count(carried)} carried, {_dtypes(leaves, dtype)}",
         f"size: {size_line(reading.config)}",
         f"vocabulary: {origin}",
         *notes,
+        *value_notes(used, beside),
     ]
 
 
@@ -121,13 +101,14 @@ def find_tokenizer(config: ModelConfig, source: str | Path | None) -> tuple[str 
     if source is None and config.vocab_size == 1024:
         return build_byte_tokenizer(config.vocab_size), "the built-in one of 1,024 tokens"
     origin = str(source)
+    if source is None and config.vocab_size == CLIP_VOCABULARY:
+        source = _installed_vocabulary() or find_vocabulary()
+        origin = f"CLIP's, found as {source}"
     if source is None:
-        source, origin = _installed_vocabulary(), "CLIP's, from the installed open_clip"
-        if source is None or config.vocab_size != CLIP_VOCABULARY:
-            return None, (
-                "NONE: give --tokenizer FILE (the tokenizer.json beside the checkpoint, or CLIP's "
-                "bpe_simple_vocab_16e6.txt.gz); the folder cannot read phrases without it"
-            )
+        return None, (
+            "NONE: give --tokenizer FILE (the tokenizer.json beside the checkpoint, or CLIP's "
+            f"{MERGES}); the folder cannot read phrases without it"
+        )
     path = Path(source)
     if not path.is_file():
         raise FileError(f"there is no tokenizer file {path}")
@@ -150,10 +131,13 @@ def find_tokenizer(config: ModelConfig, source: str | Path | None) -> tuple[str 
 
 
 def _installed_vocabulary() -> Path | None:
-    spec = importlib.util.find_spec("open_clip")
-    folders = spec.submodule_search_locations if spec else None
-    file = Path(folders[0]) / "bpe_simple_vocab_16e6.txt.gz" if folders else None
-    return file if file and file.is_file() else None
+    """CLIP's merges file of an installed package."""
+    for package, inside in (("open_clip", "."), ("sam3", "assets")):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if (file := Path(folder) / inside / MERGES).is_file():
+                return file
+    return None
 
 
 def cast(tensors: Mapping[Any, Tensor], dtype: str | None) -> dict[Any, Tensor]:
@@ -168,10 +152,12 @@ def cast(tensors: Mapping[Any, Tensor], dtype: str | None) -> dict[Any, Tensor]:
 
 
 def describe(
-    src: str | Path, overrides: Mapping[str, Any] | None = None
+    src: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[ModelConfig, list[str]]:
-    """The configuration of a checkpoint, and in lines what it holds: layout, size, tensors, dtypes."""
-    reading = understand(src, overrides)
+    """The configuration of a checkpoint, and in lines what it holds: layout, size, tensors, dtypes, numbers."""
+    reading = understand(src, overrides, adapter)
     live, carried, unknown = reading.sorted.live, reading.sorted.carried, reading.sorted.unknown
     problems = misfits(
         live, reading.config, carried=carried, surplus=unknown, stored=reading.sorted.stored
@@ -187,7 +173,7 @@ def describe(
         f"dtypes: {_dtypes({**live, **carried}, None)}",
         f"size: {size_line(reading.config)}",
         *reading.notes,
-        *value_notes(live, carried),
+        *value_notes(*looked_at(live, carried)),
         *([f"PROBLEM: {report(problems)}"] if any(problems.values()) else []),
     ]
 
@@ -204,6 +190,7 @@ def describe_source(folder: ModelFolder, adapters: Adapters) -> list[str]:
         f"dtypes: {_dtypes({**folder.leaves, **carried}, None)}",
         f"size: {size_line(folder.config)}",
         f"vocabulary: {'yes' if folder.tokenizer else 'NONE, convert again with --tokenizer'}",
+        *value_notes(*looked_at({"/".join(p): t for p, t in folder.leaves.items()}, carried)),
     ]
     if adapters:
         size = sum(

@@ -10,47 +10,77 @@ from convert.weights import ConversionError
 from sam3jax.weights.tensor_file import Tensor, is_float, read_named
 
 
-def examine(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], list[str]]:
-    """({name: how many of its numbers are not finite}, names of matrices of zeros). Reads every tensor.
+class Watch:
+    """Looks at tensors while they are read, so that nothing is read twice for it.
 
-    A vector of zeros is a usual beginning (biases), a matrix of zeros is not.
+    broken: {name: how many of its numbers are not finite}. zeros: names of matrices of zeros; a vector of
+    zeros is a usual beginning (biases), a matrix is not.
     """
-    broken: dict[str, int] = {}
-    zeros: list[str] = []
-    for name, tensor in tensors.items():
+
+    def __init__(self) -> None:
+        self.broken: dict[str, int] = {}
+        self.zeros: list[str] = []
+        self._seen: set[str] = set()
+
+    def over(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, looked at when they are read."""
+        return {name: self._watched(name, tensor) for name, tensor in tensors.items()}
+
+    def refuse_broken(self) -> None:
+        """Raises ConversionError that names all tensors seen so far that are not finite."""
+        if self.broken:
+            raise ConversionError(
+                f"{_broken(self.broken)}: nothing could be computed; download it again"
+            )
+
+    def _watched(self, name: str, tensor: Tensor) -> Tensor:
         if not is_float(tensor.dtype) or not tensor.nbytes:
-            continue
-        array = read_named(name, tensor)
-        if wrong := array.size - int(np.count_nonzero(np.isfinite(array))):
-            broken[name] = wrong
-        elif array.ndim > 1 and not array.any():
-            zeros.append(name)
-    return broken, zeros
+            return tensor
+
+        def get(slot: tuple[int, ...]) -> np.ndarray:
+            array = tensor.read()
+            if name not in self._seen:
+                self._seen.add(name)
+                self._look(name, array)
+            return array[slot]
+
+        return Tensor(tensor.shape, tensor.dtype, get)
+
+    def _look(self, name: str, array: np.ndarray) -> None:
+        low, high = _bounds(array)
+        if not np.isfinite(low) or not np.isfinite(high):
+            self.broken[name] = array.size - int(np.count_nonzero(np.isfinite(array)))
+        elif array.ndim > 1 and low == high == 0:
+            self.zeros.append(name)
 
 
-def value_notes(live: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> list[str]:
-    """Sentences about numbers that a person should look at, for `inspect`."""
-    broken, zeros = examine(live)
-    beside, _ = examine(carried)
-    notes = [f"PROBLEM: {_broken(broken)}"] if broken else []
-    if beside:
-        notes.append(f"carried, {_broken(beside)}")
-    return [*notes, *_zeros(zeros)]
+def looked_at(live: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> tuple[Watch, Watch]:
+    """What there is to say of tensors that are used and of carried ones. Reads every tensor."""
+    watches = Watch(), Watch()
+    for watch, tensors in zip(watches, (live, carried), strict=True):
+        for name, tensor in watch.over(tensors).items():
+            read_named(name, tensor)
+    return watches
 
 
-def refuse_broken(live: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> list[str]:
-    """The sentences of `value_notes`. Raises ConversionError where a tensor that is used is not finite."""
-    broken, zeros = examine(live)
-    if broken:
-        raise ConversionError(f"{_broken(broken)}: nothing could be computed; download it again")
-    beside, _ = examine(carried)
-    return [*([f"carried, {_broken(beside)}"] if beside else []), *_zeros(zeros)]
+def value_notes(used: Watch, carried: Watch) -> list[str]:
+    """Sentences about numbers that a person should look at."""
+    zeros = f"{len(used.zeros)} tensors are zeros only: {', '.join(used.zeros)}"
+    return [
+        *([f"PROBLEM: {_broken(used.broken)}"] if used.broken else []),
+        *([f"carried, {_broken(carried.broken)}"] if carried.broken else []),
+        *([zeros] if used.zeros else []),
+    ]
+
+
+def _bounds(array: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest number, NaN where there is one; without an array beside it."""
+    if array.dtype.itemsize < 4:  # numpy compares half precision number by number
+        array = array.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        return float(array.min()), float(array.max())
 
 
 def _broken(broken: Mapping[str, int]) -> str:
     listed = ", ".join(f"{name} ({n:,})" for name, n in broken.items())
     return f"{len(broken)} tensors hold NaN or infinity: {listed}"
-
-
-def _zeros(zeros: list[str]) -> list[str]:
-    return [f"{len(zeros)} tensors are zeros only: {', '.join(zeros)}"] if zeros else []

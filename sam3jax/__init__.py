@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from sam3jax.losses import compute_losses
     from sam3jax.matching import hungarian
     from sam3jax.model import Sam3
+    from sam3jax.viewing.click_predictor import ClickPredictor
     from sam3jax.viewing.predictor import Predictor
 
     __version__: str
 
-__all__ = ["Config", "Predictor", "Sam3", "__version__", "compute_losses", "hungarian", "load_config"]  # fmt: skip
+__all__ = ["ClickPredictor", "Config", "Predictor", "Sam3", "__version__", "compute_losses", "hungarian", "load_config"]  # fmt: skip
 
 _PLACES = {
+    "ClickPredictor": "sam3jax.viewing.click_predictor",
     "Config": "sam3jax.config",
     "Predictor": "sam3jax.viewing.predictor",
     "Sam3": "sam3jax.model",

@@ -29,6 +29,11 @@ def of_array(array: Any) -> int:
     return zlib.crc32(whole.reshape(-1).view(np.uint8).data)
 
 
+def of_bytes(data: bytes) -> str:
+    """Of a whole file."""
+    return f"{zlib.crc32(data):08x}"
+
+
 def of_arrays(tree: Any) -> dict[str, str]:
     """{place in the tree: dtype, shape and checksum} of replicated or host arrays."""
 
@@ -108,7 +113,7 @@ def _read(file: Path) -> dict[str, str]:
 
 def _of_file(file: Path) -> str:
     try:
-        return f"{zlib.crc32(file.read_bytes()):08x}"
+        return of_bytes(file.read_bytes())
     except OSError:
         return "gone"
 

@@ -72,7 +72,9 @@ def _predict(parser: Parser) -> None:
     parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
-    source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
+    source.add_argument(
+        "--model", help="not a run: a model folder, a checkpoint, or a hub id such as facebook/sam3"
+    )
     parser.add_argument("--base", action="store_true", help="the model that the run started from")
     parser.add_argument(
         "--phrase",
@@ -165,6 +167,34 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--out", metavar="COCO_DIR", help="new folder that --import writes")
 
 
+def _export(parser: Parser) -> None:
+    parser.description = "Write a model as StableHLO programs that run with jax alone."
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--model", help="model folder, as `sam3jax convert` writes it")
+    parser.add_argument("--base", action="store_true", help="the model that the run started from")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--phrase", action="append", default=[], type=_phrase,
+        help="whose tokens are written beside the programs; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--detections", type=_whole, default=100, metavar="N", help="strongest ones that come out, default 100")  # fmt: skip
+
+
+def _app(parser: Parser) -> None:
+    parser.description = "A page to click in: pictures, phrases, clicks; masks are saved as COCO."
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--run", help="run folder: tuned and base side by side")
+    source.add_argument("--model", help="model folder; default: the tiny model of the package")
+    parser.add_argument(
+        "--data",
+        metavar="COCO_DIR",
+        help="where masks are saved; default: the run's training set, else app_masks",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+
+
 def _report(parser: Parser) -> None:
     parser.description = "Write report.html into a run folder."
     parser.add_argument("run", metavar="RUN", help="run folder")
@@ -196,6 +226,8 @@ PARSERS: dict[str, Callable[[Parser], None]] = {
     "predict": _predict,
     "doctor": _doctor,
     "report": _report,
+    "export": _export,
+    "app": _app,
     "demo": _demo,
     "plan": _plan,
     "settings": _list_settings,

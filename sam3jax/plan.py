@@ -15,6 +15,7 @@ from sam3jax.config import Config, ConfigError, load_config, parse_config, read_
 from sam3jax.errors import exit_status
 from sam3jax.options import parse
 from sam3jax.training import plan, targets
+from sam3jax.weights.start import is_hub_id
 
 GB = 1e9
 # What may be tried where a step does not fit, and what it costs besides.
@@ -43,6 +44,9 @@ def _run(options: argparse.Namespace) -> int:
         print(
             "data.train is not set: generated pictures (or videos) stand in, with the settings' numbers of phrases"
         )
+    if config.init is not None and is_hub_id(config.init):
+        print(f"{config.init} is not downloaded: the published sizes stand in")
+        config = config.model_copy(update={"init": None})
     card, devices = targets.target(options.device) if options.device else targets.here()
     for line in _warnings(config, card):
         print(line)

@@ -267,11 +267,25 @@ def image_predictor(
 
     Objects are a batch on one picture; a box is two points in front. The filling of holes, on by default, is off.
     """
+    return ask_predictor(image_predictor_of(detector, model, image), prompts, multimask)
+
+
+def image_predictor_of(
+    detector: nn.Module, model: Sam3TrackerPredictor, image: torch.Tensor
+) -> SAM3InteractiveImagePredictor:
+    """The package's own predictor, which has looked at a picture [3, Y, X]."""
     predictor = SAM3InteractiveImagePredictor(model, max_hole_area=0.0)
     levels = levels_of(detector, model, image[None])
     coarse = levels.coarse + model.no_mem_embed.reshape(1, -1, 1, 1)
     predictor._features = {"image_embed": coarse, "high_res_feats": [levels.fine, levels.middle]}
     predictor._is_image_set, predictor._orig_hw = True, [tuple(image.shape[-2:])]
+    return predictor
+
+
+def ask_predictor(
+    predictor: SAM3InteractiveImagePredictor, prompts: dict, multimask: bool
+) -> tuple:
+    """What `image_predictor` returns."""
     with OnCpuInFloat32():
         return predictor._predict(
             prompts["points"],

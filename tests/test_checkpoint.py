@@ -12,9 +12,9 @@ import pytest
 from sam3jax.config import ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.model.init import init_params
-from sam3jax.weights.base import fingerprint, open_base
+from sam3jax.weights.base import fingerprint, open_base, same_base
 from sam3jax.weights.checkpoints import Checkpoints
-from sam3jax.weights.model_folder import save_model_folder
+from sam3jax.weights.model_folder import open_model_folder, save_model_folder
 from sam3jax.weights.run_folder import open_run_folder, read_run
 from sam3jax.weights.trainable import start
 from tests.small_run import SIZES
@@ -98,6 +98,22 @@ def test_a_run_whose_base_was_replaced_is_refused(tmp_path):
     write_model(model, seed=0)
     assert known(settings(tmp_path, second)) == before
     open_again(settings(run, model))
+
+    # The same arrays, and two tokens that are exchanged.
+    folder = open_model_folder(model)
+    text = folder.tokenizer.replace(":523,", ":x,").replace(":524,", ":523,").replace(":x,", ":524,")  # fmt: skip
+    assert text != folder.tokenizer
+    save_model_folder(model, folder.config, folder.leaves, text)
+    for folder in (run, second):
+        with pytest.raises(ConfigError, match="or another vocabulary"):
+            read_run(folder)
+
+
+def test_a_run_that_noted_no_vocabulary_is_opened_all_the_same():
+    assert same_base("ab", "ab-12")
+    assert same_base("ab-12", "ab-12")
+    assert not same_base("ab-12", "ab-13")
+    assert not same_base("ac", "ab-12")
 
 
 def test_a_run_on_a_run_that_went_on_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from sam3jax.data.click_loader import clickable, make_click_eval_loader, make_cl
 from sam3jax.data.coco import decode_mask
 from sam3jax.data.folders import read_dataset
 from sam3jax.data.pictures import DataError
-from sam3jax.data.transforms import move_mask, square, unpack_mask
+from sam3jax.data.transforms import draw_transform, move_mask, move_points, square, unpack_mask
 from tests.coco_folders import annotation, write
 
 SIZES = (0, 1, 4, 2, 5)  # objects of each picture
@@ -104,3 +104,56 @@ def test_boxes_alone_are_nothing_to_click_on(tmp_path):
     dataset = read_dataset(write(tmp_path / "d", boxes, images=1))
     with pytest.raises(DataError, match=r"nothing to click on: .* boxes are not enough"):
         make_click_loader(dataset, config_of())
+
+
+def test_stored_clicks_follow_their_pixel_through_every_transform(tmp_path):
+    """A mask of one pixel and a click on it end in the same place."""
+    config = config_of(data={"train": "d", "flip": True, "turn": True, "min_size": 60}).data
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        transform = draw_transform(rng, 60, 40, 84, config)
+        at = rng.integers((3, 3), (57, 37))
+        mask = np.zeros((40, 60), bool)
+        mask[at[1] - 3 : at[1] + 4, at[0] - 3 : at[0] + 4] = True
+        points, seen = move_points(transform, at[None].astype(float))
+        rows, columns = np.nonzero(move_mask(transform, mask))
+        if seen[0] and len(rows):
+            whole = rows.min() > 0 and columns.min() > 0 and max(rows.max(), columns.max()) < 83
+            middle = (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2
+            assert not whole or np.abs(points[0] - middle).max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept", "words"),
+    [
+        ({"points": [[5, 6], [1.5, 2]], "labels": [1, 0]}, ((5, 6, 1), (1.5, 2, 0)), ""),
+        ({"points": [[5, 6]]}, ((5, 6, 1),), ""),
+        ({"points": [5, 6], "labels": 0}, ((5, 6, 0),), ""),
+        ({"points": [[5, 6], [60, 6]], "labels": [1, 1]}, ((5, 6, 1),), "outside the picture"),
+        ({"points": [[5, 6]], "labels": [7]}, (), "neither 1"),
+        ({"points": [[5, 6]], "labels": [1, 0]}, (), "not as many"),
+        ({"points": [[5, float("nan")]]}, (), "no numbers"),
+        ({"points": "5,6"}, (), "no list"),
+        ({}, (), ""),
+    ],
+)
+def test_stored_clicks_as_people_write_them(tmp_path, fields, kept, words):
+    items = [{**annotation(1, 0, 1, (3, 4, 8, 9)), **fields}]
+    dataset = read_dataset(write(tmp_path / "d", items, images=1))
+    (found,) = clickable(dataset.images[0])
+    assert found.clicks == kept
+    assert any(words in problem for problem in dataset.problems) or not words
+
+
+def test_stored_clicks_reach_the_batch_and_shares_are_refused(tmp_path):
+    items = [annotation(k, 0, 1, (3 + 20 * k, 4, 8, 9)) for k in range(2)]
+    items[1] |= {"points": [[30, 20], [2, 3]], "labels": [1, 0]}
+    config = config_of(clicks={"objects": 2}, data={"train": "d"}, batch_size=1)
+    batch = next(make_click_loader(read_dataset(write(tmp_path / "d", items, images=1)), config))
+    row = int(np.flatnonzero((batch.labels[0] >= 0).any(1))[0])
+    np.testing.assert_array_equal(batch.labels[0, row], [1, 0])
+    np.testing.assert_array_equal(batch.labels[0, 1 - row], [-2, -2])
+    np.testing.assert_allclose(batch.points[0, row, 0], [30.5 * 84 / 60 - 0.5, 20.5 * 84 / 40 - 0.5], rtol=1e-6)  # fmt: skip
+    items[1] |= {"points": [[0.3, 0.2]], "labels": [1]}
+    with pytest.raises(DataError, match="shares of the picture"):
+        make_click_loader(read_dataset(write(tmp_path / "e", items, images=1)), config)

@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch", reason="checkpoints are torch's")
 
 from convert import to_torch
 from convert.__main__ import main
-from convert.files import CARRIED, read_checkpoint
+from convert.files import read_checkpoint
+from convert.folders import CARRIED
 from sam3jax.config import ModelConfig
 from sam3jax.data.tokenizer import build_byte_tokenizer
 from sam3jax.files import FileError, whole

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="checkpoints are torch's")
 
 from convert.files import read_checkpoint, write_checkpoint
 from convert.names import sort_tensors
-from convert.values import refuse_broken, value_notes
+from convert.values import looked_at, value_notes
 from convert.weights import ConversionError
 from sam3jax.files import FileError
 from sam3jax.weights.tensor_file import Tensor
@@ -276,37 +276,22 @@ def test_one_tensor_under_a_wrapped_and_a_bare_name_is_refused():
         sort_tensors(dict.fromkeys(names, Tensor.of(GOOD)))
 
 
-LAYER = "base_model.model.detr_encoder.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("names", "sentence"),
-    [
-        ((f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"), r"LoRA adapters \(1 layers\) without their base"),
-        ((f"{LAYER}.base_layer.weight", f"{LAYER}.lora_A.default.weight"), "not merged into its weights"),
-        ((f"{LAYER}.base_layer.weight", f"{LAYER}.lora_A.default.weight", QUERY), "merge_and_unload"),
-    ],
-)  # fmt: skip
-def test_adapters_and_unmerged_models_are_named_with_the_remedy(names, sentence):
-    with pytest.raises(FileError, match=sentence):
-        sort_tensors(dict.fromkeys(names, Tensor.of(GOOD)))
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, "bfloat16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite_are_counted_by_name(dtype, value):
     array = np.ones((2, 3), np.float32)
     array[1, :2] = value
     live = {"a": Tensor.of(array.astype(dtype)), "b": Tensor.of(GOOD)}
+    used, carried = looked_at(live, {})
     with pytest.raises(ConversionError, match=r"1 tensors hold NaN or infinity: a \(2\)"):
-        refuse_broken(live, {})
-    assert value_notes(live, {}) == ["PROBLEM: 1 tensors hold NaN or infinity: a (2)"]
-    assert refuse_broken({}, live) == ["carried, 1 tensors hold NaN or infinity: a (2)"]
+        used.refuse_broken()
+    assert value_notes(used, carried) == ["PROBLEM: 1 tensors hold NaN or infinity: a (2)"]
+    assert value_notes(*looked_at({}, live)) == ["carried, 1 tensors hold NaN or infinity: a (2)"]
 
 
 def test_matrices_of_zeros_are_named_and_vectors_are_not():
     live = {"m": Tensor.of(np.zeros((2, 2))), "bias": Tensor.of(np.zeros(3)), "b": Tensor.of(GOOD)}
-    assert refuse_broken(live, {}) == ["1 tensors are zeros only: m"]
+    assert value_notes(*looked_at(live, {})) == ["1 tensors are zeros only: m"]
 
 
 def test_archives_are_read_without_torch_and_writing_one_names_the_extra(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Imports go one way: the order of the rooms, and what no file of the package may import."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ FLOORS = (
         "evaluate_clicks",
         "doctor_videos",
     ),  # halves of the doors below
-    ("train", "evaluate", "predict", "doctor", "report", "settings", "plan"),
+    ("train", "evaluate", "predict", "doctor", "report", "settings", "plan", "export", "app"),
     ("demo_video",),  # the half of `demo` for videos
     ("demo",),  # trains and evaluates
     ("cli",),
@@ -88,6 +89,12 @@ def test_imports_go_one_way(file):
 def test_the_package_imports_neither_torch_nor_convert(file):
     outside = {module.partition(".")[0] for module in imports(file)}
     assert not outside & {"torch", "torchvision", "convert", "tests", "scripts", "sam3", "transformers"}  # fmt: skip
+
+
+def test_two_files_reach_convert_by_its_name():
+    """The command, and what `init` may be; both only when they are asked for it."""
+    named = {str(f) for f in FILES if re.search(r"[\"']convert\.\w+[\"']", (ROOT / f).read_text())}
+    assert named == {"sam3jax/cli.py", "sam3jax/weights/start.py"}
 
 
 @pytest.mark.parametrize("file", CONVERT, ids=str)

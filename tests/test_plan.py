@@ -127,6 +127,14 @@ def test_what_does_not_fit_says_which_settings_would_help(words, monkeypatch, ca
     assert "no update is faster than 9.000 s (1.000 s of products" in "\n".join(lines)
 
 
+def test_a_hub_id_is_planned_for_without_its_weights(words, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(plan, "needs", lambda c, d: asked.append(c) or linear(c, d))
+    assert command.main([*words, "micro_batch=1", "init=facebook/sam3"]) == 0
+    assert asked[0].init is None
+    assert "facebook/sam3 is not downloaded" in capsys.readouterr().out
+
+
 def test_a_card_without_bfloat16_is_said(words, monkeypatch, capsys):
     monkeypatch.setattr(plan, "needs", linear)
     monkeypatch.setattr(targets, "target", lambda text: (targets.CARDS[text], [None]))

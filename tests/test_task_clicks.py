@@ -95,10 +95,11 @@ def alone(update):
     return update(random_batch(config_of()))
 
 
-def test_eight_devices_equal_one(alone):
+@pytest.mark.parametrize(("devices", "micro"), [(8, None), (2, 2)])
+def test_devices_and_micro_batches_equal_one_batch(alone, devices, micro):
     """Loss, terms and gradients, and so every click: a picture's luck is its own wherever it lies."""
-    config = config_of()
-    gradient, metrics = compiled(config, 8)(random_batch(config))
+    config = config_of(micro_batch=micro)
+    gradient, metrics = compiled(config, devices)(random_batch(config))
     want, told = alone
     assert told["loss"] > 1
     for name, value in told.items():

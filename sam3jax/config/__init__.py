@@ -14,11 +14,11 @@ from sam3jax.config.loading import (
     with_settings,
 )
 from sam3jax.config.loss import LossConfig
-from sam3jax.config.model import PRESETS, LoraConfig, ModelConfig
+from sam3jax.config.model import DESTINATIONS, PRESETS, LoraConfig, ModelConfig
 from sam3jax.config.schema import Config
 from sam3jax.config.section import ConfigError
 
 __all__ = [
-    "PRESETS", "ClicksConfig", "ClipsConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
+    "DESTINATIONS", "PRESETS", "ClicksConfig", "ClipsConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
     "OptimConfig", "dump_config", "explain", "load_config", "parse_config", "read_settings", "with_settings",
 ]  # fmt: skip

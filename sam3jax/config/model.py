@@ -11,6 +11,13 @@ from sam3jax.config.section import Section, Text
 WIDTH, LAYERS, PIXELS = 65536, 1024, 16384  # more than any model that could be built
 
 
+# What each program that may run the model does, whatever the weights were trained with.
+DESTINATIONS: dict[str, dict[str, bool]] = {
+    "sam3": {"geometry_without_boxes": True, "clamp_presence": False},
+    "transformers": {"geometry_without_boxes": False, "clamp_presence": True},
+}
+
+
 class SizesFollow(dict):
     """Settings of a model whose sizes come with its weights.
 

@@ -15,7 +15,7 @@ from sam3jax.config.clips import ClipsConfig
 from sam3jax.config.data import DataConfig
 from sam3jax.config.learning import EvalConfig, OptimConfig
 from sam3jax.config.loss import LossConfig
-from sam3jax.config.model import LoraConfig, ModelConfig, SizesFollow
+from sam3jax.config.model import DESTINATIONS, LoraConfig, ModelConfig, SizesFollow
 from sam3jax.config.section import BILLION, SEEDS, Section, Text
 
 # What a task sets where the user does not.
@@ -63,8 +63,15 @@ class Config(Section):
     )
     init: Text | None = Field(
         default=None,
-        description="What to start from: a model folder (made by `sam3jax convert`), a run folder, or "
+        description="What to start from: a checkpoint (.pt, .safetensors, a folder of transformers or peft), a hub id such "
+        "as facebook/sam3, each converted once into a cache; a model folder (made by `sam3jax convert`), a run folder, or "
         "shipped:tiny_shapes. null: random weights.",
+    )
+    destination: Literal["sam3", "transformers"] | None = Field(
+        default=None,
+        description="Program that will run the tuned model: the training computes what it computes "
+        "(model.geometry_without_boxes and model.clamp_presence), so that answers stay the same there. null: as "
+        "where the weights came from.",
     )
     output: Text = Field(default="runs/run", description="Folder of the run.")
     train: Literal["lora", "all"] = Field(
@@ -187,10 +194,12 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _start_from_task(cls, values: Any) -> Any:
+    def _start_from_presets(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        own = TASK_DEFAULTS.get(str(values.get("task", "detect")), {})
+        own = dict(TASK_DEFAULTS.get(str(values.get("task", "detect")), {}))
+        if switches := DESTINATIONS.get(str(values.get("destination"))):
+            own["model"] = switches
         out = dict(values)
         for key, value in own.items():
             given = out.get(key, {} if isinstance(value, dict) else value)

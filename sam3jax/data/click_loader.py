@@ -23,6 +23,7 @@ from sam3jax.data.streams import ENDLESS, Opaque, local_size, run_ahead
 from sam3jax.types import ClickBatch
 
 NO_POINT = -2
+MOST_STORED = 16
 
 
 def clickable(record: ImageRecord) -> tuple[Annotation, ...]:
@@ -68,6 +69,7 @@ def make_click_loader(
         order=order,
         config=config,
         objects=objects_of(dataset, config),
+        stored=stored_clicks(dataset),
         stride=config.batch_size,
         offset=process_index * local,
         local=local,
@@ -126,21 +128,42 @@ def objects_of(dataset: Dataset, config: Config) -> int:
     return min(config.clicks.objects, max(len(clickable(r)) for r in dataset.images) or 1)
 
 
+def stored_clicks(dataset: Dataset) -> int:
+    """Clicks that annotations bring with them: the most of one object, 16 at most as SAM 3 reads.
+
+    Raises DataError where they are shares of the picture instead of pixels.
+    """
+    clicked = [(r, a) for r in dataset.images for a in clickable(r) if a.clicks]
+    places = np.array([c[:2] for _, a in clicked for c in a.clicks])
+    if len(places) and places.max() <= 1 and (places % 1).any():
+        record, annotation = clicked[0]
+        raise DataError(
+            f"{record.file.name}: the stored `points` {[list(c[:2]) for c in annotation.clicks[:2]]} look like "
+            f"shares of the picture, as all others of {dataset.name}: they are x, y in pixels, here up to "
+            f"{record.width - 1}, {record.height - 1}"
+        )
+    return min(max((len(a.clicks) for _, a in clicked), default=0), MOST_STORED)
+
+
 def _example(
     record: ImageRecord,
     annotations: tuple[Annotation, ...],
     transform: transforms.Transform,
     objects: int,
     change: Change | None = None,
+    stored: int = 0,
 ) -> Arrays:
-    """One picture's arrays: the first `objects` of the annotations of which something is left."""
+    """One picture's arrays: the first `objects` of the annotations of which something is left.
+
+    stored: room for the clicks that an annotation brings with it.
+    """
     size_x, size_y = transform.canvas
     out: Arrays = {
         "images": transforms.move_picture(transform, record.open(), change),
         "masks": np.zeros((objects, size_y, -(-size_x // 8)), np.uint8),
         "valid": np.zeros(objects, bool),
-        "points": np.zeros((objects, 0, 2), np.float32),
-        "labels": np.full((objects, 0), NO_POINT, np.int32),
+        "points": np.zeros((objects, stored, 2), np.float32),
+        "labels": np.full((objects, stored), NO_POINT, np.int32),
     }
     place = 0
     for annotation in annotations:
@@ -150,6 +173,11 @@ def _example(
         if moved is None or moved[1] is None:
             continue
         out["masks"][place], out["valid"][place] = transforms.pack_mask(moved[1]), True
+        if stored and annotation.clicks:
+            found = np.array(annotation.clicks[:stored])
+            points, seen = transforms.move_points(transform, found[:, :2])
+            out["points"][place, : len(found)] = points
+            out["labels"][place, : len(found)] = np.where(seen, found[:, 2], NO_POINT)
         place += 1
     return out
 
@@ -162,6 +190,7 @@ def _train_batch(
     order: Order,
     config: Config,
     objects: int,
+    stored: int,
     stride: int,
     offset: int,
     local: int,
@@ -176,7 +205,7 @@ def _train_batch(
         change = draw_change(np.random.default_rng((config.seed, turn, row, 2)), config.data)
         found = clickable(record)
         drawn = tuple(found[k] for k in rng.permutation(len(found)))
-        arrays = _example(record, drawn, transform, objects, change)
+        arrays = _example(record, drawn, transform, objects, change, stored)
         luck = np.uint32(np.random.default_rng((config.seed, turn, row, 3)).integers(2**32))
         out.append(
             {**arrays, "image_id": np.int32(rows[row]), "image_valid": np.True_, "luck": luck}

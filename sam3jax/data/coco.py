@@ -25,6 +25,7 @@ from sam3jax.data.names import Categories, read_categories, rename_categories
 from sam3jax.data.numbers import flag, number
 from sam3jax.data.records import Annotation, Dataset, ImageRecord, decode_mask, used_categories
 from sam3jax.data.segmentations import read_segmentation, segmentation_area
+from sam3jax.data.stored_clicks import read_clicks
 
 __all__ = [
     "Annotation",
@@ -211,6 +212,7 @@ class _Reader:
             segmentation=segmentation,
             iscrowd=bool(crowd),
             area=area or placed[2] * placed[3],
+            clicks=read_clicks(item, record.width, record.height, ledger, where),
         )
 
     def _is_new(self, annotation: Annotation, row: int, where: Where) -> bool:

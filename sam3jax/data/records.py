@@ -19,7 +19,8 @@ from sam3jax.data.segmentations import Polygons, Rle, decode_segmentation
 class Annotation:
     """One instance. bbox is left, top, width, height in pixels, inside the picture.
 
-    segmentation is None where there is no usable mask: the box still trains.
+    segmentation is None where there is no usable mask: the box still trains. clicks: stored with it, x, y
+    in pixels and 1 inside or 0 outside.
     """
 
     id: Any
@@ -28,6 +29,7 @@ class Annotation:
     segmentation: Polygons | Rle | None
     iscrowd: bool
     area: float
+    clicks: tuple[tuple[float, float, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

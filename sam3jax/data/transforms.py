@@ -135,6 +135,22 @@ def move_boxes(transform: Transform, boxes: np.ndarray) -> np.ndarray:
     return (moved / np.array(transform.canvas)[[0, 1, 0, 1]]).astype(np.float32)
 
 
+def move_points(transform: Transform, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points [A, 2] x, y -> where they are on the canvas [A, 2], and which of them are in sight [A].
+
+    Both in pixels whose first has its centre at 0.
+    """
+    left, top, width, height = transform.crop
+    (w, h) = transform.size
+    x, y = np.moveaxis((points + 0.5 - [left, top]) * (w / width, h / height), -1, 0)
+    seen = (x >= 0) & (x <= w) & (y >= 0) & (y <= h)
+    if transform.flip:
+        x = w - x
+    for _ in range(transform.turn):
+        x, y, w, h = y, w - x, h, w
+    return np.stack([x + transform.place[0], y + transform.place[1]], -1) - 0.5, seen
+
+
 def box_of_mask(mask: np.ndarray) -> np.ndarray:
     """Box of the True pixels of [Y, X], cxcywh in 0..1, float32; zeros where there is none."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

@@ -57,6 +57,9 @@ def print_clicks(file: Path) -> dict[str, Any]:
     print(f"{report['weights']} (step {report['step']}) on {report['data']}")
     before = report.get("base", {}).get("metrics", {})
     for name, value in report["metrics"].items():
+        if name.endswith("/objects"):
+            print(f"  {name:<28} {value:.0f}")
+            continue
         change = f"  base {before[name]:.4f}  {value - before[name]:+.4f}" if name in before else ""
         print(f"  {name:<28} {value:.4f}{change}")
     print(f"  {'predicted IoU':>14} {'true':>6} {'masks':>6}")

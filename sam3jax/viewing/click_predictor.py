@@ -31,6 +31,7 @@ from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import load_model_folder
 from sam3jax.weights.run_folder import read_run
 from sam3jax.weights.scope import CLICKS
+from sam3jax.weights.start import model_folder
 
 STABILITY_OFFSET = (
     1.0  # how far the threshold moves in `Answers.stability`, as SAM's mask generator
@@ -68,7 +69,9 @@ class ClickPredictor:
     @classmethod
     def from_model_folder(cls, path: str | Path) -> ClickPredictor:
         """The model as `sam3jax convert` wrote it, not tuned. Raises FileError where it has no heads."""
-        config, params, _ = load_model_folder(path, dtype=np.float32, parts=CLICKS.parts)
+        config, params, _ = load_model_folder(
+            model_folder(path), dtype=np.float32, parts=CLICKS.parts
+        )
         return cls(Interactive(config), {"params": params})
 
     def set_image(self, picture: Picture) -> None:

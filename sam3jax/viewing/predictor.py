@@ -36,6 +36,7 @@ from sam3jax.video.predictor import VideoPredictor
 from sam3jax.viewing.draw import Instance, overlay
 from sam3jax.weights.model_folder import load_model_folder
 from sam3jax.weights.run_folder import read_run
+from sam3jax.weights.start import model_folder
 
 PixelBox = Sequence[float]  # left, top, width, height in the picture's pixels
 Picture = str | Path | Image.Image | np.ndarray
@@ -47,6 +48,9 @@ class PromptError(UserError):
 
 class Predictor:
     """Asks a model about a picture, or about several at once; the backbone runs once per picture.
+
+    It finds all instances of a phrase or of what boxes show. One object by points, a box or a mask:
+    sam3jax.ClickPredictor.
 
     thresholds: phrase -> score from which a detection counts; others use config.threshold.
     mesh: devices of this process, over which pictures are split; None: the first one.
@@ -88,7 +92,7 @@ class Predictor:
     @classmethod
     def from_model_folder(cls, path: str | Path, *, mesh: Mesh | None = None) -> Predictor:
         """The model as `python -m convert` wrote it, not tuned."""
-        config, params, tokenizer = load_model_folder(path, dtype=np.float32)
+        config, params, tokenizer = load_model_folder(model_folder(path), dtype=np.float32)
         return cls(Sam3(config), {"params": params}, tokenizer, mesh=mesh)
 
     @property

@@ -212,9 +212,9 @@ def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
         return ""
     rows = []
     for name in by_importance(list(metrics)):
-        row = [name, _number(metrics[name])]
+        row = [name, _number(metrics[name], name)]
         if base:
-            row[1:1] = [_number(base.get(name))]
+            row[1:1] = [_number(base.get(name), name)]
             row.append(_change(base.get(name), metrics[name], worse_is_more=less_is_better(name)))
         words = Markup('<span class="words">{}</span>').format(MEANINGS.get(name, ""))
         rows.append([*row, words])
@@ -369,9 +369,11 @@ def _datasets(folder: Path) -> tuple[dict[str, Dataset], str]:
     return {"train": train, **({"valid": valid} if valid is not None else {})}, ""
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, name: str = "") -> str:
     if value is None:
         return "–"
+    if name.endswith("/objects"):
+        return f"{value:,.0f}"
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
     return (

@@ -1,4 +1,4 @@
-"""What a run starts from: a model folder, another run, or random weights."""
+"""What a run starts from: a model folder, a checkpoint, another run, or random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3jax.checksums import of_array
+from sam3jax.checksums import of_array, of_bytes
 from sam3jax.config import Config, ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer, build_byte_tokenizer
 from sam3jax.model.init import init_params
@@ -20,10 +20,10 @@ from sam3jax.weights.model_folder import (
     is_model_folder,
     load_params,
     load_tokenizer,
-    open_model_folder,
 )
 from sam3jax.weights.names import roots
 from sam3jax.weights.scope import scope_of
+from sam3jax.weights.start import open_start
 from sam3jax.weights.tree import Tree
 
 # What a user sets of a model that is read from a folder; its sizes come with it.
@@ -35,7 +35,7 @@ AT_RUN_TIME = {
 
 @dataclass(frozen=True)
 class Weights:
-    """params: float32 arrays, adapters folded in. fingerprint: equal where all weights are equal."""
+    """params: float32 arrays, adapters folded in. fingerprint: ARRAYS-VOCABULARY, see `same_base`."""
 
     params: Tree
     fingerprint: str
@@ -60,13 +60,14 @@ def open_base(config: Config) -> Base:
     path = Path(config.init)
     if is_run_folder(path):
         return _run(config, path)
-    folder = open_model_folder(path)
+    folder = open_start(config.init)
     tokenizer = load_tokenizer(folder)
 
     def load() -> Weights:
         params = load_params(folder, np.float32, scope_of(config).parts)
         refuse_not_finite(params, path)
-        return Weights(params, fingerprint(params))
+        text = (folder.tokenizer or "").encode()
+        return Weights(params, f"{fingerprint(params)}-{of_bytes(text)}")
 
     return Base(_with_sizes(config, folder.config, path), tokenizer, load)
 
@@ -79,9 +80,8 @@ def is_run_folder(path: str | Path) -> bool:
 def _noise(config: Config) -> Base:
     if config.model.vocab_size > 4096:
         raise ConfigError(
-            "init is not set: SAM 3 starts from its published weights (python -m convert torch-to-jax "
-            "--src sam3.pt --out models/sam3, then init=models/sam3); to learn from nothing set "
-            "model.preset=tiny"
+            "init is not set: SAM 3 starts from its published weights, init=sam3.pt or init=facebook/sam3; to learn "
+            "from nothing set model.preset=tiny"
         )
     parts = scope_of(config).parts
     tokenizer = Tokenizer(build_byte_tokenizer(config.model.vocab_size), config.model.text_length)
@@ -110,7 +110,9 @@ def _run(config: Config, path: Path) -> Base:
         params = {root: params[root] for root in params if root in wanted}
         refuse_not_finite(params, path)
         # Not of the merged weights: their last bits depend on the machine that merges.
-        return Weights(params, fingerprint(jax.device_get(run.trained), run.base_fingerprint))
+        arrays, dash, words = run.base_fingerprint.partition("-")
+        own = fingerprint(jax.device_get(run.trained), arrays)
+        return Weights(params, f"{own}{dash}{words}")
 
     return Base(_with_sizes(config, below.config.model, path), below.tokenizer, load)
 
@@ -126,6 +128,14 @@ def fingerprint(tree: Tree, behind: str = "") -> str:
         text = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} {of_array(array)}"
         digest.update(text.encode())
     return digest.hexdigest()[:32]
+
+
+def same_base(began: str, found: str) -> bool:
+    """Whether two fingerprints are of the same arrays and the same vocabulary.
+
+    The first one may be of a version that noted the arrays alone.
+    """
+    return began in (found, found.partition("-")[0])
 
 
 def refuse_not_finite(params: Tree, path: str | Path) -> None:

@@ -1,6 +1,6 @@
 """A model folder: what `python -m convert` writes and everything reads.
 
-    config.json             the ModelConfig, and where the weights came from
+    config.json             the ModelConfig, where the weights came from, and checksums of all that is here
     tokenizer.json          the vocabulary
     model.safetensors       the parameter tree, layers stacked as in Flax, named vit/ln_pre/scale, ...:
                             the detector, and other parts where a training made them live
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sam3jax.checksums import is_whole, of_bytes, sealed
 from sam3jax.config import ConfigError, ModelConfig, parse_config
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.files import FileError, refuse_to_replace, whole
@@ -28,7 +29,6 @@ from sam3jax.weights.names import DEFAULT_PARTS, parts_of
 from sam3jax.weights.tensor_file import (
     Tensor,
     is_float,
-    read_header,
     read_named,
     read_tensors,
     stream_tensors,
@@ -40,6 +40,7 @@ WEIGHTS, CARRIED = "model.safetensors", "carried.safetensors"
 NAMES = (CONFIG, TOKENIZER, WEIGHTS, CARRIED)
 FORMAT = "sam3jax model folder"
 VERSION = 1
+SUMS = "checksums"  # {file: {array: checksum}}, {tokenizer.json: checksum}
 SHIPPED = "shipped:"
 _ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -49,7 +50,8 @@ class ModelFolder:
     """A model folder, its tensors unread.
 
     leaves: the parameter tree by path, of all parts that are live. carried: by torch name. tokenizer: the JSON text, or None.
-    source: what the conversion noted about the checkpoint (layout, prefixes, ...).
+    source: what the conversion noted about the checkpoint (layout, prefixes, ...). checked: whether the folder
+    carries checksums, by which every array is checked when it is first read.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class ModelFolder:
     carried: dict[str, Tensor]
     tokenizer: str | None
     source: dict[str, Any]
+    checked: bool = False
 
 
 def locate(path: str | Path) -> Path:
@@ -110,11 +113,51 @@ def open_model_folder(path: str | Path) -> ModelFolder:
         raise FileError(f"{path / CONFIG}: {error}") from error
     if not (path / WEIGHTS).is_file():
         raise FileError(f"{path} has no {WEIGHTS}: convert the checkpoint again")
-    leaves = {tuple(name.split("/")): t for name, t in read_tensors(path / WEIGHTS).items()}
+    sums = content.get(SUMS)
+    found = read_tensors(path / WEIGHTS, _section(sums, WEIGHTS))
+    leaves = {tuple(name.split("/")): t for name, t in found.items()}
     _check_leaves(path, leaves, config)
-    carried = read_header(path / CARRIED)[0] if (path / CARRIED).is_file() else {}
-    tokenizer = (path / TOKENIZER).read_text("utf-8") if (path / TOKENIZER).is_file() else None
-    return ModelFolder(path, config, leaves, carried, tokenizer, content.get("source", {}))
+    carried: dict[str, Tensor] = {}
+    if (path / CARRIED).is_file():
+        carried = read_tensors(path / CARRIED, _section(sums, CARRIED))
+    tokenizer = (path / TOKENIZER).read_bytes() if (path / TOKENIZER).is_file() else None
+    if sums is not None:
+        written = {WEIGHTS: found, CARRIED: carried}
+        _check_sums(
+            path, content, {name: set(tensors) for name, tensors in written.items()}, tokenizer
+        )
+    text = tokenizer.decode("utf-8", "replace") if tokenizer is not None else None
+    return ModelFolder(
+        path, config, leaves, carried, text, content.get("source", {}), sums is not None
+    )
+
+
+def _section(sums: Any, name: str) -> dict[str, str]:
+    """The checksums of one file's arrays; {} where somebody wrote something else there."""
+    found = sums.get(name) if isinstance(sums, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _check_sums(
+    path: Path,
+    content: Mapping[str, Any],
+    written: Mapping[str, set[str]],
+    tokenizer: bytes | None,
+) -> None:
+    """Raises FileError where config.json, the vocabulary or the list of arrays is not as it was written."""
+    wrong = [] if is_whole(content) else [CONFIG]
+    if not wrong:
+        sums = content[SUMS]
+        wrong = [
+            name for name in (WEIGHTS, CARRIED) if _section(sums, name).keys() != written[name]
+        ]
+        if TOKENIZER in sums and (tokenizer is None or sums[TOKENIZER] != of_bytes(tokenizer)):
+            wrong.append(TOKENIZER)
+    if wrong:
+        raise FileError(
+            f"{path}: {', '.join(wrong)} changed after they were written: remove the folder, and copy it or convert "
+            "the checkpoint again"
+        )
 
 
 def _check_leaves(
@@ -150,7 +193,12 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
             f"{folder.path} has no {TOKENIZER}: convert again with --tokenizer FILE (CLIP's tokenizer.json or "
             "bpe_simple_vocab_16e6.txt.gz)"
         )
-    tokenizer = Tokenizer(folder.tokenizer, folder.config.text_length)
+    try:
+        tokenizer = Tokenizer(json.loads(folder.tokenizer), folder.config.text_length)
+    except (ValueError, TypeError) as error:
+        raise FileError(
+            f"{folder.path / TOKENIZER} holds no vocabulary ({error}): put it back, or convert the checkpoint again"
+        ) from error
     if tokenizer.vocab_size > folder.config.vocab_size:
         raise FileError(
             f"{folder.path}: the vocabulary has {tokenizer.vocab_size} tokens, the text tower {folder.config.vocab_size}"
@@ -199,10 +247,12 @@ def save_model_folder(
     *,
     carried: Mapping[str, Tensor | np.ndarray] | None = None,
     source: Mapping[str, Any] | None = None,
+    approve: Callable[[], None] | None = None,
 ) -> None:
     """Write a model folder; an older one in its place is replaced, one that holds other files too is not.
 
     params: the tree of arrays, or {path: Tensor} to be read one at a time. tokenizer: or its JSON text.
+    approve: called when all arrays have been read; where it raises, nothing is left.
     Raises FileError where the place is taken by something else or the disk is full.
     """
     path = Path(path)
@@ -212,7 +262,7 @@ def save_model_folder(
         name: t if isinstance(t, Tensor) else Tensor.of(np.asarray(t))
         for name, t in (carried or {}).items()
     }
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "model": config.model_dump(mode="json"),
@@ -221,13 +271,17 @@ def save_model_folder(
     size = sum(t.nbytes for t in (*leaves.values(), *rest.values()))
     with whole(path, size) as temporary:
         temporary.mkdir()
-        stream_tensors(temporary / WEIGHTS, leaves)
+        sums: dict[str, Any] = {WEIGHTS: stream_tensors(temporary / WEIGHTS, leaves)}
         if rest:
-            stream_tensors(temporary / CARRIED, rest)
+            sums[CARRIED] = stream_tensors(temporary / CARRIED, rest)
         if tokenizer is not None:
             text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
-            (temporary / TOKENIZER).write_text(text, "utf-8")
+            (temporary / TOKENIZER).write_bytes(text.encode())
+            sums[TOKENIZER] = of_bytes(text.encode())
+        content = sealed({**content, SUMS: sums})
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        if approve is not None:
+            approve()
 
 
 def _tensors(tree: Mapping[Any, Any]) -> dict[tuple[str, ...], Tensor]:

@@ -20,7 +20,7 @@ from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.errors import remark
 from sam3jax.files import make_folder, write_text
 from sam3jax.model import Sam3
-from sam3jax.weights.base import Base, open_base
+from sam3jax.weights.base import Base, open_base, same_base
 from sam3jax.weights.checkpoints import Checkpoints, newest_about, refuse_old
 from sam3jax.weights.lock import LOCK, RunLock, held
 from sam3jax.weights.trainable import merge, start
@@ -144,10 +144,10 @@ def remark_missing(path: Path, steps: Sequence[int]) -> None:
 
 def check_base(path: Path, config: Config, began: str, found: str) -> None:
     """Raises ConfigError where `init` no longer holds the weights that the run started from."""
-    if began != found:
+    if not same_base(began, found):
         raise ConfigError(
-            f"{path} was trained from other weights than {config.init} holds now (fingerprint {began} in its "
-            f"checkpoints, found {found}): put those back, or train again into another output"
+            f"{path} was trained from other weights or another vocabulary than {config.init} holds now (fingerprint "
+            f"{began} in its checkpoints, found {found}): put those back, or train again into another output"
         )
 
 

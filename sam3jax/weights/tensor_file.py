@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sam3jax.checksums import of_array
 from sam3jax.files import FileError, refuse_foreign, whole
 
 DTYPES: dict[str, np.dtype] = {
@@ -88,13 +89,19 @@ def read_named(name: str, tensor: Tensor) -> np.ndarray:
         raise FileError(f"tensor {name}: {error}") from error
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, unread. Raises FileError where the file is damaged."""
-    return read_header(path)[0]
+def read_tensors(path: str | Path, sums: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, unread.
+
+    sums: what `stream_tensors` returned; each tensor is checked when it is first read.
+    Raises FileError where the file is damaged.
+    """
+    return read_header(path, sums)[0]
 
 
-def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, unread, and the metadata of a safetensors file.
+def read_header(
+    path: str | Path, sums: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, unread, and the metadata of a safetensors file. sums: see `read_tensors`.
 
     Raises FileError where the file is cut short or is something else.
     """
@@ -131,21 +138,40 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     _check_spans(path, {name: span[2:] for name, span in spans.items()}, size - start)
 
     return {
-        name: _file_tensor(path, dtype, shape, start + begin)
+        name: _file_tensor(path, dtype, shape, start + begin, (sums or {}).get(name))
         for name, (dtype, shape, begin, _) in spans.items()
     }, metadata
 
 
-def _file_tensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+def _file_tensor(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int, expected: str | None
+) -> Tensor:
+    unchecked = [expected] if expected else []
+
     def get(slot: tuple[int, ...]) -> np.ndarray:
+        if slot and unchecked:
+            get(())
         rest = shape[len(slot) :]
         before = int(np.ravel_multi_index(slot, shape[: len(slot)])) if slot else 0
         count = math.prod(rest)
         # A plain read, not a memory map: mapped pages would count as ours until the file is closed.
         start = offset + before * count * dtype.itemsize
-        return np.fromfile(path, dtype, count, offset=start).reshape(rest)
+        array = np.fromfile(path, dtype, count, offset=start).reshape(rest)
+        if unchecked:
+            if (found := checksum(array)) != expected:
+                raise FileError(
+                    f"its bytes in {path} are not those that were written (checksum {found}, expected {expected}): "
+                    "remove them, and copy them or convert the checkpoint again"
+                )
+            unchecked.clear()
+        return array
 
     return Tensor(shape, dtype, get)
+
+
+def checksum(array: np.ndarray) -> str:
+    """Eight hexadecimal digits of an array's bytes."""
+    return f"{of_array(array):08x}"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -201,10 +227,10 @@ def write_tensors(
 
 def stream_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """write_tensors to a place that `whole` gave."""
+) -> dict[str, str]:
+    """write_tensors to a place that `whole` gave. Returns the checksum of each tensor."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
+    offset, sums = 0, {}
     # Larger items first, as the format's own writer does, so that every tensor lies aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
@@ -232,3 +258,5 @@ def stream_tensors(
                     f"{name}: promised {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}"
                 )
             file.write(array.reshape(-1).view(np.uint8).data)
+            sums[name] = checksum(array)
+    return sums

@@ -13,15 +13,13 @@ import jax
 
 from convert.__main__ import main
 from sam3jax.config import parse_config
-from sam3jax.model import Sam3
 from sam3jax.weights.base import open_base
 from sam3jax.weights.checkpoints import Checkpoints
 from sam3jax.weights.model_folder import load_model_folder, open_model_folder
 from sam3jax.weights.run_folder import open_run_folder
 from sam3jax.weights.trainable import merge, start
 from tests import torch_reference as reference
-from tests.bridge import inputs, model_config
-from tests.bridge import published as as_published
+from tests.bridge import model_config
 
 SIZE = reference.Size(vocabulary=600)
 WIDE = reference.Size(
@@ -262,15 +260,13 @@ def run_folder(path: Path, base: Path, **settings) -> dict:
     return merge(trainable, frozen)
 
 
-def test_a_runs_merged_export_computes_in_torch_what_it_does_in_jax(tmp_path):
+def test_a_runs_merged_export_changes_what_it_trained_alone(tmp_path):
     size = reference.Size(vocabulary=1024)
     before = published(reference.detector(size, seed=3))
     torch.save(before, tmp_path / "in.pt")
     run("torch-to-jax", "--src", tmp_path / "in.pt", "--out", tmp_path / "folder")
     trained = ["transformer.decoder.query_embed.weight", "backbone.vision_backbone.convs.0.*"]
-    variables = run_folder(
-        tmp_path / "run", tmp_path / "folder", trainable=trained, lora={"rank": 3}
-    )
+    run_folder(tmp_path / "run", tmp_path / "folder", trainable=trained, lora={"rank": 3})
     run("jax-to-torch", "--src", tmp_path / "run", "--out", tmp_path / "out.pt")
     exported = load(tmp_path / "out.pt")
     assert exported.keys() == before.keys()
@@ -282,27 +278,6 @@ def test_a_runs_merged_export_computes_in_torch_what_it_does_in_jax(tmp_path):
     )
     assert changed
     assert not [n for n in changed if not n.startswith(tuple(f"detector.{p}" for p in places))]
-
-    tuned = reference.detector(size, seed=11)
-    run(
-        "jax-to-torch",
-        "--src",
-        tmp_path / "run",
-        "--out",
-        tmp_path / "bare.pt",
-        "--prefix",
-        "",
-        "--detector-only",
-    )
-    tuned.load_state_dict(load(tmp_path / "bare.pt"), strict=True)
-    e = reference.example(size, seed=5, images=3, prompts=1, box_prompts=2)
-    with small_vocabulary(tuned):
-        out, _ = reference.forward(tuned, e, train=False)
-        batch = inputs(tuned, e)
-    ours = as_published(jax.jit(Sam3(model_config(size)).apply)(variables, *batch), False)
-    for name, expected in reference.stacked(out).items():
-        atol = 1e-4 * np.abs(expected).max()
-        np.testing.assert_allclose(ours[name], expected, rtol=1e-4, atol=atol, err_msg=name)
 
     run("jax-to-torch", "--src", tmp_path / "run", "--out", tmp_path / "adapter", "--adapter")
     names = load(tmp_path / "adapter" / "adapter_model.safetensors").keys()

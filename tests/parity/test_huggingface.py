@@ -22,7 +22,7 @@ from convert.peft_folder import write_adapter
 from sam3jax.config import LoraConfig, ModelConfig
 from sam3jax.model import Sam3
 from sam3jax.types import Prompts
-from sam3jax.weights.lora import init_lora
+from sam3jax.weights.lora import init_lora, merge_lora
 from sam3jax.weights.model_folder import load_model_folder
 from tests import torch_reference as reference
 from tests.bridge import published
@@ -267,6 +267,6 @@ def test_adapters_through_peft_give_the_outputs_of_jax(tmp_path):
     }
     assert placed == stored
 
-    after = ours(config, {"params": params, "lora": lora, "lora_scale": scale}, e)
+    after = ours(config, {"params": merge_lora(params, lora, scale)}, e)
     assert np.abs(after["pred_logits"] - before["pred_logits"]).max() > 0.1
     close(after, theirs(tuned, e))
