@@ -183,6 +183,7 @@ def files(run: Path) -> dict[str, Any]:
 
 
 CLOCKS = ("step_seconds_median", "peak_memory_gb")  # of summary.json
+TOLD_BY_CLOCKS = ("images_per_second", "seconds_left", "peak_memory_gb")  # of a step
 # Files with clocks in them: lines and points are compared one by one.
 TIMED = ("metrics.jsonl", "report.html", "_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -193,7 +194,7 @@ def points(run: Path) -> dict[str, Any]:
     return {
         f"tensorboard {name} {event.step}": np.float64(event.value)
         for name in board.Tags()["scalars"]
-        if not name.endswith(("images_per_second", "seconds_left"))
+        if not name.endswith(TOLD_BY_CLOCKS)
         for event in board.Scalars(name)
     }
 
@@ -204,7 +205,7 @@ def lines(run: Path) -> dict[str, Any]:
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         place = f"{line.pop('step')} {line.pop('split')}"
         for name, value in line.items():
-            if name not in ("images_per_second", "seconds_left"):
+            if not name.endswith(TOLD_BY_CLOCKS):
                 assert f"{place} {name}" not in found, "a line twice"
                 found[f"{place} {name}"] = np.float64(np.nan if value is None else value)
     return found

@@ -64,7 +64,7 @@ def run_processes(
 def lines(run: Path) -> list[dict]:
     """What metrics.jsonl says, without what a clock says."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = {"images_per_second", "seconds_left"}
+    clock = {"images_per_second", "seconds_left", "peak_memory_gb"}
     return [{k: v for k, v in line.items() if k not in clock} for line in found]
 
 

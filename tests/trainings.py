@@ -64,9 +64,9 @@ def kill() -> None:
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says, without what a clock says."""
+    """What metrics.jsonl says, without what differs from process to process."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_second", "seconds_left")
+    clock = ("images_per_second", "seconds_left", "peak_memory_gb")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 

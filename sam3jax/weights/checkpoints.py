@@ -13,6 +13,7 @@ the checkpoints themselves: there is no other record that could disagree.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import sys
@@ -83,9 +84,7 @@ class Checkpoints:
     """The checkpoints of a run folder. With `keep`, for training: the newest `keep` and the best stay."""
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
-        # Opening to read makes orbax warn that it will not write.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        logging.getLogger("asyncio").addFilter(_was_awaited)
+        _quieten()
         self._run, self._folder, self._keep = run, (run / CHECKPOINTS).absolute(), keep
         self._manager: ocp.CheckpointManager | None = None
         self._validations: dict[int, dict[str, Any]] = {}
@@ -238,8 +237,7 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         assert self._manager is not None
         try:
-            with _without_stragglers():
-                return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore have many kinds of them
             why = (str(error).splitlines() or [type(error).__name__])[0]
             what = f"it does not fit config.yaml, or a file of it was changed ({why})"
@@ -258,12 +256,17 @@ class Checkpoints:
             raise
 
 
-@contextlib.contextmanager
-def _without_stragglers() -> Iterator[None]:
-    """Arrays still being read when one fails find orbax's loop closed; each would print a traceback.
+@functools.cache
+def _quieten() -> None:
+    """Keep orbax from printing, hundreds of lines long, what Checkpoints says in one.
 
-    The last of them come late, so after an error their traces stay hidden.
+    It logs each failure and warns that a reader will not write. Of several arrays that fail it awaits one:
+    the others are logged when they are collected, or find its loop closed, which Python prints.
     """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
     before = sys.unraisablehook
 
     def hook(trouble: sys.UnraisableHookArgs) -> None:
@@ -271,13 +274,6 @@ def _without_stragglers() -> Iterator[None]:
             before(trouble)
 
     sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = before
-
-
-def _was_awaited(record: logging.LogRecord) -> bool:
-    """Of several reads that fail, orbax awaits one; the others are logged when they are collected."""
-    return "exception was never retrieved" not in record.getMessage()
 
 
 def _standard(abstract: Any) -> Any:
