@@ -32,7 +32,7 @@ from sam3jax import evaluate, predict, report, train
 from sam3jax.checksums import of_arrays
 from sam3jax.config import dump_config
 from sam3jax.errors import exit_status
-from sam3jax.viewing import draw
+from sam3jax.viewing import report as page
 from sam3jax.weights.run_folder import read_run
 from scripts.kill_test import SETTINGS, lines, saved
 
@@ -316,7 +316,7 @@ def main() -> int:
     parser.add_argument("--every", action="store_true", help="every file of arrays and pictures")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    draw.curves = _remembered(draw.curves)  # most of a report's time
+    page.curves = _remembered(page.curves)  # most of a report's time
     picture = options.folder / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(picture)
