@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import sys
@@ -270,8 +271,9 @@ def _quieten() -> None:
     before = sys.unraisablehook
 
     def hook(trouble: sys.UnraisableHookArgs) -> None:
-        if "Event loop is closed" not in str(trouble.exc_value):
-            before(trouble)
+        if "Event loop is closed" in str(trouble.exc_value) or inspect.iscoroutine(trouble.object):
+            return
+        before(trouble)
 
     sys.unraisablehook = hook
 
