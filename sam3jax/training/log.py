@@ -143,7 +143,8 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{name}.png")
-        self._trackers.image(name, np.asarray(picture), step)
+        group = folder.parent.name if folder.name.isdigit() else folder.name
+        self._trackers.image(f"{group}/{name}", np.asarray(picture), step)
 
     def flush(self) -> None:
         """Onto the disk, before a checkpoint: a run that continues behind it misses no line."""
