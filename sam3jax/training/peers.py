@@ -25,11 +25,8 @@ from sam3jax.config import ConfigError
 from sam3jax.errors import USER_ERROR, Stopped, UserError, exit_status
 
 LOST = 1  # exit status
-_ENDED, _FAILED, _GONE = (
-    b"e",
-    b"f",
-    b"g",
-)  # in good order; by its own error; another is gone, whose number follows
+# In good order; by its own error; another is gone, whose number follows.
+_ENDED, _FAILED, _GONE = b"e", b"f", b"g"
 # A machine without power closes no connection: it is asked after so many seconds of silence, so often, three times.
 _SILENCE, _PAUSE, _TIMES = 20, 5, 3
 _GRACE = 5.0  # seconds in which a process may say its own error before it ends for another's
