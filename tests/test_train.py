@@ -105,7 +105,7 @@ def broken(kind, data, tmp_path):
     if kind == "missing folder":
         return {"data.train": tmp_path / "nowhere"}, ["nowhere"]
     if kind == "no init":
-        return {"model.vocab_size": 49408}, ["init", "convert"]
+        return {"model.vocab_size": 49408}, ["init is not set", "facebook/sam3"]
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
     file = copy / "train" / "_annotations.coco.json"
