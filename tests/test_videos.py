@@ -454,3 +454,28 @@ def test_a_pascal_voc_folder_is_no_video(tmp_path):
     (tmp_path / "Annotations" / "1.xml").write_text("<annotation></annotation>")
     assert not looks_like_videos(tmp_path)
     assert not looks_like_videos(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("write", [made.write_palette, made.write_ytvis])
+def test_links_that_lead_out_of_the_folder_are_refused(tmp_path, write):
+    root = write(tmp_path / "data")
+    path = root / "instances.json" if (root / "instances.json").is_file() else root
+    frame = root / "JPEGImages" / "walk" / "00002.jpg"
+    frame.rename(tmp_path / "elsewhere.jpg")
+    frame.symlink_to(tmp_path / "elsewhere.jpg")
+    with pytest.raises(DataError, match=r"leads out of .*allow_outside"):
+        read_videos(path, "train")
+    assert len(read_videos(path, "train", allow_outside=True).videos) == 1
+    frame.unlink()
+    (root / "kept.jpg").write_bytes((tmp_path / "elsewhere.jpg").read_bytes())
+    frame.symlink_to(root / "kept.jpg")  # a link within the folder is the user's own order
+    assert len(read_videos(path, "train").videos) == 1
+
+
+def test_a_whole_folder_of_frames_that_is_a_link_out_is_refused(tmp_path):
+    root = made.write_palette(tmp_path / "data")
+    frames = root / "JPEGImages" / "walk"
+    frames.rename(tmp_path / "walk")
+    frames.symlink_to(tmp_path / "walk")
+    with pytest.raises(DataError, match="leads out of"):
+        read_videos(root, "train")

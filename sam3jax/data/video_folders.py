@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam3jax.data import video_json, video_masks
+from sam3jax.data.frames import Film, FrameFiles
 from sam3jax.data.pictures import DataError
 from sam3jax.data.videos import VideoDataset
 
@@ -50,9 +51,32 @@ def read_videos(
 ) -> VideoDataset:
     """A data set in whichever of the formats above lies at `path` (or at path/split).
 
-    Raises DataError naming what was looked for.
+    allow_outside: frames may lie outside the folder, by their names or by links. Raises DataError naming what
+    was looked for.
     """
     root = Path(path).expanduser()
+    dataset = _read(root, split, allow_outside)
+    if not allow_outside:
+        _refuse_links(dataset, root if root.is_dir() else root.parent)
+    return dataset
+
+
+def _refuse_links(dataset: VideoDataset, root: Path) -> None:
+    """Raises DataError for a frame or film that a link leads out of the folder to."""
+    inside = root.resolve()
+    for video in dataset.videos:
+        frames = video.frames
+        files = frames.files if isinstance(frames, FrameFiles) else ()
+        files = (frames.path,) if isinstance(frames, Film) else files
+        for file in files:
+            if not file.resolve().is_relative_to(inside):
+                raise DataError(
+                    f"{file} is a link that leads out of {root}: put the frames there, or allow it with "
+                    f"data.allow_outside=true (frames are shown in reports)"
+                )
+
+
+def _read(root: Path, split: str | None, allow_outside: bool) -> VideoDataset:
     if split is not None and (root / split).is_dir():
         root = root / split
     if not root.exists():
