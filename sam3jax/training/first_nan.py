@@ -27,14 +27,21 @@ def first_nan(
     for what, tree in (("weights", merge(trainable, frozen)), ("batch", batch)):
         if name := _first(_not_finite(tree)):
             return f"the first NaN or infinity is in the {what}: {name}"
+    lost = ""
     try:
         if layer := _first_layer(task, mesh, trainable, frozen, prepared, batch):
             return f"the first NaN of the forward pass is in the output of {layer}"
+    except (
+        Exception
+    ) as error:  # flax 0.12.12 allows no callback inside nn.scan: gradients still tell something
+        lost = f" (layers could not be looked at: {str(error).splitlines()[0][:120]})"
+    try:
         if name := _first(_gradients(task, mesh, trainable, frozen, prepared, batch)):
-            return f"no layer's output holds a NaN, the gradient of {name} does"
+            seen = lost or "; no layer's output holds one"
+            return f"the gradient of {name} holds a NaN{seen}"
     except Exception as error:  # the run ends anyway, with the sentence that this one belongs to
         return f"where the first NaN is could not be found ({str(error).splitlines()[0][:200]})"
-    return "the newest batch gives no NaN again"
+    return f"the newest batch gives no NaN again{lost}"
 
 
 def _not_finite(tree: Any) -> dict[str, jax.Array]:
