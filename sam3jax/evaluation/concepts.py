@@ -22,6 +22,7 @@ from sam3jax.evaluation.ground_truth import (
     by_pair,
     overlaps,
     result_region,
+    right_finds,
 )
 
 IOUS = np.linspace(0.5, 0.95, 10)
@@ -118,12 +119,9 @@ def choose_thresholds(
         regions = [result_region(r, kind) for r in results]
         iou = overlaps(regions, instances, crowd=False)
         excused = overlaps(regions, lenient, crowd=True).max(axis=1, initial=0.0)
-        for result, shared, excuse in zip(results, iou, excused):
-            right = bool(len(shared)) and shared.max() >= IOUS[0]
-            if right:
-                iou[:, shared.argmax()] = -1.0
+        for result, right, excuse in zip(results, right_finds(iou), excused):
             if right or excuse < IOUS[0]:
-                ranked[pair[1]].append((result["score"], right))
+                ranked[pair[1]].append((result["score"], bool(right)))
     together = [detection for own in ranked.values() for detection in own]
     share = _POOLED / max(sum(totals.values()), 1)
     cuts = {}

@@ -20,6 +20,7 @@ from sam3jax.evaluation.ground_truth import (
     by_pair,
     overlaps,
     result_region,
+    right_finds,
 )
 
 _SAME = 0.5  # IoU from which a detection is an instance
@@ -57,7 +58,7 @@ def diagnose(
         regions = [result_region(r, kind) for r in results]
         iou = overlaps(regions, instances, crowd=False)
         excused = overlaps(regions, lenient, crowd=True).max(axis=1, initial=0.0) >= _SAME
-        right = _greedy(iou)
+        right = right_finds(iou)
         ranked[category] += [
             (r["score"], bool(ok)) for r, ok, skip in zip(results, right, excused) if ok or not skip
         ]
@@ -87,16 +88,6 @@ def diagnose(
             names,
         ),
     }  # fmt: skip
-
-
-def _greedy(iou: np.ndarray) -> np.ndarray:
-    """Which detections [n, m], strongest first, are right: each instance is found once."""
-    iou, right = iou.copy(), np.zeros(len(iou), bool)
-    for row in range(len(iou)):
-        if iou.shape[1] and iou[row].max() >= _SAME:
-            iou[:, int(iou[row].argmax())] = -1
-            right[row] = True
-    return right
 
 
 def _curve(ranked: Sequence[tuple[float, bool]], truths: int) -> dict[str, list[float]]:

@@ -94,6 +94,17 @@ def overlaps(regions: list, others: list, *, crowd: bool) -> np.ndarray:
     return np.asarray(coco_mask.iou(regions, others, [int(crowd)] * len(others)))
 
 
+def right_finds(iou: np.ndarray, least: float = 0.5) -> np.ndarray:
+    """Which detections [n, m], strongest first, are right [n] bool: each takes its best instance, once."""
+    iou, right = iou.copy(), np.zeros(len(iou), bool)
+    for row in range(len(iou) if iou.shape[1] else 0):
+        best = int(iou[row].argmax())
+        if iou[row, best] >= least:
+            iou[:, best] = -1.0
+            right[row] = True
+    return right
+
+
 def result_region(result: Mapping[str, Any], kind: IouType) -> Any:
     if kind == "bbox":
         return list(result["bbox"])
