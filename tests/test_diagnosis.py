@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sam3jax.evaluation.diagnosis import diagnose
+from sam3jax.evaluation.ground_truth import Truth
 from sam3jax.evaluation.metrics import measure
 from sam3jax.viewing.diagnosis import certainty, interval
 from tests.test_metrics import random_case, read
@@ -29,18 +30,22 @@ def case(annotations, results):
     return read(raw), found
 
 
+def diagnosed(dataset, found, thresholds=None, asked=None):
+    return diagnose(Truth(dataset, asked), dataset.categories, found, thresholds or {})
+
+
 def test_labels_worth_a_look_are_the_worst_first():
     dataset, found = case(
         [(0, 1, BOX), (0, 1, BESIDE), (1, 2, BOX)],
         [(0, 1, BOX, 0.9), (0, 1, FAR, 0.8), (1, 1, FAR, 0.95), (2, 2, BOX, 0.4), (0, 1, BESIDE, 0.3)],
     )  # fmt: skip
-    said = diagnose(dataset, found, {"cat": 0.5, "dog": 0.5}, range(3))
+    said = diagnosed(dataset, found, {"cat": 0.5, "dog": 0.5})
     assert [(u["image_id"], u["score"]) for u in said["unlabelled"]] == [(1, 0.95), (0, 0.8)]
     assert [(m["image_id"], m["category"], m["score"]) for m in said["missed"]] == [(1, "dog", 0.0), (0, "cat", 0.3)]  # fmt: skip
     assert said["missed"][0]["bbox"] == BOX
     json.dumps(said)
     # Pictures that nobody looked at are not there.
-    assert diagnose(dataset, found, {}, [2])["missed"] == []
+    assert diagnosed(dataset, found, asked={(2, 1), (2, 2)})["missed"] == []
 
 
 def test_what_is_taken_for_what():
@@ -49,14 +54,14 @@ def test_what_is_taken_for_what():
         # A cat found on the dog, twice over two pictures; a dog on itself; a cat on itself.
         [(0, 1, BESIDE, 0.9), (1, 1, BOX, 0.8), (0, 2, BESIDE, 0.9), (0, 1, BOX, 0.7), (1, 1, FAR, 0.9)],
     )  # fmt: skip
-    said = diagnose(dataset, found, {}, range(3))
+    said = diagnosed(dataset, found)
     assert said["confusion"] == [{"asked": "cat", "is": "dog", "count": 2, "images": [0, 1]}]
 
 
 def test_calibration_counts_every_find_once():
     results = [(0, 1, BOX, 0.95), (0, 1, FAR, 0.91), (1, 1, FAR, 0.15), (2, 1, FAR, 1.0)]
     dataset, found = case([(0, 1, BOX)], results)
-    bins = diagnose(dataset, found, {}, range(3))["calibration"]
+    bins = diagnosed(dataset, found)["calibration"]
     assert sum(b["n"] for b in bins) == 4
     last = bins[-1]
     assert (last["n"], last["right"]) == (3, pytest.approx(1 / 3, abs=1e-4))
@@ -66,7 +71,7 @@ def test_calibration_counts_every_find_once():
 def test_curves_agree_with_the_metrics_at_their_thresholds(seed):
     raw, results = random_case(seed)
     dataset = read(raw)
-    said = diagnose(dataset, results, {}, [i.id for i in dataset.images])
+    said = diagnosed(dataset, results)
     for name, curve in said["curves"].items():
         assert all(np.diff(curve["score"]) < 0)
         assert all(np.diff(curve["recall"]) >= 0)

@@ -29,7 +29,9 @@ def write_evaluation(
     about: what goes on top of evaluation.json: run, step, weights, threshold (for drawing).
     """
     report = {**about, **summary(tuned, dataset)}
-    report["diagnosis"] = diagnose(dataset, tuned.predictions, tuned.thresholds, tuned.pictures)
+    if tuned.truth is not None:
+        known = tuned.truth, dataset.categories, tuned.predictions
+        report["diagnosis"] = diagnose(*known, tuned.thresholds)
     write_json(output / "predictions.json", with_source_ids(tuned.predictions, dataset))
     if base is not None:
         report["base"] = summary(base, dataset)

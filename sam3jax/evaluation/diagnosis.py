@@ -6,13 +6,12 @@ All of it follows from the truth and the predictions; everything is plain number
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam3jax.data.coco import Dataset, used_categories
 from sam3jax.evaluation.ground_truth import (
     Pair,
     Results,
@@ -32,20 +31,19 @@ _NAMED = 5  # pictures of a confusion
 
 
 def diagnose(
-    dataset: Dataset,
+    truth: Truth,
+    names: Mapping[int, str],
     predictions: Sequence[Mapping[str, Any]],
     thresholds: Mapping[str, float],
-    pictures: Collection[Any],
 ) -> dict[str, Any]:
-    """What evaluation.json holds under `diagnosis`. thresholds: phrase -> score; others count from .5.
-    pictures: ids of those that were looked at.
+    """What evaluation.json holds under `diagnosis`. truth: what was asked; names: category -> phrase;
+    thresholds: phrase -> score; others count from .5.
 
     curves: phrase -> score, precision, recall and F1 at falling thresholds. calibration: detections by
     score, and the share of them that is right. confusion: how often what was found for one phrase is an
     instance of another. unlabelled: confident finds on nothing that is annotated, surest first. missed:
     instances by the score of the best find on them, lowest first.
     """
-    truth = Truth(dataset, {(i, c) for i in pictures for c in used_categories(dataset)})
     kind = truth.kinds[-1]
     grouped = by_pair(predictions)
     ranked: dict[int, list[tuple[float, bool]]] = defaultdict(list)
@@ -62,7 +60,7 @@ def diagnose(
         ranked[category] += [
             (r["score"], bool(ok)) for r, ok, skip in zip(results, right, excused) if ok or not skip
         ]
-        cut = thresholds.get(dataset.categories[category], 0.5)
+        cut = thresholds.get(names[category], 0.5)
         alone = iou.max(axis=1, initial=0.0) < _APART
         unlabelled += [
             _find(pair, r) for r, lone, skip in zip(results, alone, excused)
@@ -71,7 +69,6 @@ def diagnose(
         best = np.array([r["score"] for r in results])[:, None] * (iou >= _SAME)
         for k, score in enumerate(best.max(axis=0, initial=0.0).tolist()):
             missed.append({"pair": pair, "region": instances[k], "score": score, "cut": cut})
-    names = dataset.categories
     lost = sorted((m for m in missed if m["score"] < m["cut"]), key=lambda m: m["score"])[:_LISTED]
     return {
         "curves": {names[i]: _curve(ranked[i], totals[i]) for i in truth.categories if ranked[i]},

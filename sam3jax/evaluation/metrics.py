@@ -32,7 +32,8 @@ class Evaluation:
     metrics: name -> value; what the data leave undefined (AP of small objects where there are none,
     cgF1 where every concept is in every picture) is absent. per_category: one row per category.
     thresholds: category name -> score that gives its best F1 on these data. pictures: image id ->
-    F1 of the picture over all its phrases, averaged over IoU thresholds; 1.0 for right silence.
+    F1 of the picture over all its phrases, averaged over IoU thresholds; 1.0 for right silence. truth: what
+    was asked, with its regions already drawn.
     """
 
     metrics: dict[str, float]
@@ -40,6 +41,7 @@ class Evaluation:
     predictions: list[dict[str, Any]]
     thresholds: dict[str, float] = field(default_factory=dict)
     pictures: dict[Any, float] = field(default_factory=dict)
+    truth: Truth | None = None
 
 
 def measure(
@@ -78,4 +80,4 @@ def measure(
         row |= category_row(by_category[category])
         row |= {"threshold": cuts[category], "best_threshold": best[category]}
     named = {dataset.categories[i]: value for i, value in best.items()}
-    return Evaluation(metrics, list(rows.values()), kept, named, picture_scores(found))
+    return Evaluation(metrics, list(rows.values()), kept, named, picture_scores(found), truth)
