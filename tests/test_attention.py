@@ -51,6 +51,63 @@ def test_blocks_change_nothing(monkeypatch, mask, bias, rate, block):
         np.testing.assert_allclose(blocks[name], want, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("mask", [None, "keys", "causal"])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+# Of three batches: two rows of a head, a whole head, two of four heads.
+@pytest.mark.parametrize("block", [60, 360, 720])
+def test_blocks_of_an_accelerator_change_nothing(monkeypatch, mask, rate, block):
+    inputs, mask, weight = problem(4, h=4, bias=True, mask=mask)
+    options = dict(dropout_rate=rate, dropout_key=jax.random.key(7) if rate else None)
+    whole = value_and_gradients(inputs, mask, weight, **options)
+    monkeypatch.setattr(by_blocks, "ACCELERATOR_BLOCK", block)
+    blocks = value_and_gradients(inputs, mask, weight, backend="gpu", **options)
+    for name, want in whole.items():
+        np.testing.assert_allclose(blocks[name], want, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("scores", "together"), [(360, 2), (100, 4), (719, 1), (9999, 1), (240, 2)]
+)
+def test_heads_of_a_block_divide_them_all(scores, together):
+    assert by_blocks._heads_together(4, scores, 720) == together
+
+
+GLOBAL, WINDOWS = (1, 5184, 16, 64), (9, 576, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "q", "keys", "given", "want"),
+    [
+        # The trunk: never all scores at once, fused where that is wanted and can be.
+        ("cpu", "float32", GLOBAL, 5184, {}, "blockwise"),
+        ("gpu", "float32", GLOBAL, 5184, {}, "blockwise"),
+        ("tpu", "bfloat16", GLOBAL, 5184, {}, "blockwise"),
+        ("gpu", "bfloat16", GLOBAL, 5184, {}, "blockwise"),
+        ("gpu", "bfloat16", GLOBAL, 5184, {"fused": True}, "fused"),
+        ("gpu", "bfloat16", WINDOWS, 576, {"fused": True}, "fused"),
+        ("gpu", "bfloat16", WINDOWS, 576, {}, "blockwise"),
+        # What cuDNN cannot do, gets wrong, or does in a way of its own.
+        ("gpu", "float32", GLOBAL, 5184, {"fused": True}, "blockwise"),
+        ("gpu", "float16", GLOBAL, 5184, {"fused": True}, "blockwise"),
+        ("tpu", "bfloat16", GLOBAL, 5184, {"fused": True}, "blockwise"),
+        ("cpu", "bfloat16", GLOBAL, 5184, {"fused": True}, "blockwise"),
+        ("gpu", "bfloat16", GLOBAL, 5184, {"fused": True, "mask": True}, "blockwise"),
+        ("gpu", "bfloat16", GLOBAL, 5184, {"fused": True, "bias": True}, "blockwise"),
+        ("gpu", "bfloat16", GLOBAL, 5184, {"fused": True, "dropout": True}, "blockwise"),
+        ("gpu", "bfloat16", (4, 401, 16, 64), 5184, {"fused": True}, "blockwise"),
+        ("gpu", "bfloat16", (1, 5184, 16, 60), 5184, {"fused": True}, "blockwise"),
+        ("gpu", "bfloat16", (1, 5184, 4, 256), 5184, {"fused": True}, "blockwise"),
+        # Small ones: the queries among themselves, the phrase.
+        ("cpu", "float32", (1, 401, 8, 32), 401, {}, "plain"),
+        ("gpu", "bfloat16", (4, 401, 8, 32), 401, {"mask": True}, "plain"),
+        ("tpu", "bfloat16", (4, 5184, 8, 32), 33, {"mask": True}, "plain"),
+        ("tpu", "bfloat16", (4, 5184, 8, 32), 5184, {"dropout": True}, "blockwise"),
+    ],
+)  # fmt: skip
+def test_the_branch_of_each_problem(platform, dtype, q, keys, given, want):
+    assert module.branch(platform, dtype, q, keys, **given) == want
+
+
 def test_attention_equals_torch(monkeypatch):
     torch = pytest.importorskip("torch")
     inputs, mask, weight = problem(1, bias=True, mask="keys")
@@ -69,7 +126,7 @@ def test_attention_equals_torch(monkeypatch):
 
 @pytest.mark.parametrize(("n", "rows"), [(401, 401), (12, 12), (5184, 648), (10, 10)])
 def test_blocks_are_neither_tiny_nor_huge(n, rows):
-    assert by_blocks._block_rows((1, n), 5184) == rows
+    assert by_blocks._block_rows((1, n), 5184, by_blocks.BLOCK) == rows
 
 
 def test_a_rematerialised_layer_forms_its_scores_twice_and_not_three_times(monkeypatch):

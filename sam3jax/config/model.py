@@ -166,6 +166,11 @@ class ModelConfig(Section):
         description="Compute the inner values of a layer again in the backward pass: far less memory, a third "
         "more computation. false suits small models.",
     )
+    fused_attention: bool = Field(
+        default=False,
+        description="Compute the trunk's attention with cuDNN's fused kernel: NVIDIA cards from Ampere on, in bfloat16; "
+        "elsewhere it changes nothing. It has not run on a card so far: `scripts/accelerator.py` compares it there.",
+    )
 
     @model_validator(mode="wrap")
     @classmethod

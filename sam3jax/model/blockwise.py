@@ -15,9 +15,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sam3jax.model.layers import zero_like
 
-# Scores formed at a time in elements: 16 MB. Smaller blocks were mostly slower.
+# Scores formed at a time in elements. On a CPU 16 MB: smaller blocks were mostly slower. Elsewhere 64 MB,
+# of several heads if they are small, so that a card has enough to do at once. Chosen by compiled
+# temporaries of a global block's gradient: .2 GB on an H100 in the place of 5.2, .01 on a TPU v5e in
+# the place of 3.5. How fast it is there has not been measured.
 BLOCK = 1 << 22
+ACCELERATOR_BLOCK = 1 << 24
 KEPT = "attention"
+
+
+def block_of(platform: str) -> int:
+    """Largest number of scores that are formed at a time on a platform (`cpu`, `gpu`, `tpu`)."""
+    return BLOCK if platform == "cpu" else ACCELERATOR_BLOCK
 
 
 class Noise(NamedTuple):
@@ -43,9 +52,10 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def blockwise(q, k, v, bias, mask, dropout_rate, noise):
+def blockwise(q, k, v, bias, mask, dropout_rate, noise, platform="cpu"):
     """`attention.attention` in blocks. Shapes as there; noise: rows and columns of [B, H], or None."""
-    b, s = q.shape[0], k.shape[1]
+    (b, n, h, _), s = q.shape, k.shape[1]
+    block = block_of(platform)
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
     bias, noise = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (bias, noise))
     if mask is not None:
@@ -53,21 +63,30 @@ def blockwise(q, k, v, bias, mask, dropout_rate, noise):
     # Under shard_map each gradient must vary over the mesh as its argument does: all do, or none.
     zero = zero_like(*jax.tree.leaves((q, k, v, bias, mask, noise)))
     q, k, v, bias = jax.tree.map(lambda x: x + zero.astype(x.dtype), (q, k, v, bias))
-    y: Any = _blockwise(dropout_rate, q, k, v, bias, mask, noise)
-    return jnp.moveaxis(y, 0, 2)
+    if (together := 1 if platform == "cpu" else _heads_together(h, b * n * s, block)) > 1:
+        fold = lambda x: x.reshape(h // together, together * b, *x.shape[2:])
+        q, k, v, bias, noise = jax.tree.map(fold, (q, k, v, bias, noise))
+        mask = None if mask is None else jnp.tile(mask, (together, 1, 1))
+    y: Any = _blockwise(dropout_rate, block, q, k, v, bias, mask, noise)
+    return jnp.moveaxis(y.reshape(h, b, *y.shape[2:]), 0, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(rate, q, k, v, bias, mask, noise):
+def _heads_together(heads: int, scores: int, block: int) -> int:
+    """Heads, of `scores` each, that make up one block: a divisor of their number."""
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= block))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blockwise(rate, block, q, k, v, bias, mask, noise):
     """Heads first: q [H, B, N, K]; k, v [H, B, S, K]; bias [H, B, N, S]; mask [B, N or 1, S]; noise
     of [H, B]. One head at a time, of it some rows at a time. The backward pass forms each block's
     weights again from the row's largest score and sum (Dao et al., https://arxiv.org/abs/2205.14135).
     """
-    return _blockwise_forward(rate, q, k, v, bias, mask, noise)[0]
+    return _blockwise_forward(rate, block, q, k, v, bias, mask, noise)[0]
 
 
-def _blockwise_forward(rate, q, k, v, bias, mask, noise):
-    rows = _block_rows(q.shape[1:3], k.shape[2])
+def _blockwise_forward(rate, block, q, k, v, bias, mask, noise):
+    rows = _block_rows(q.shape[1:3], k.shape[2], block)
 
     def one_head(parts):
         q, k, v, bias, noise = parts
@@ -90,9 +109,9 @@ def _blockwise_forward(rate, q, k, v, bias, mask, noise):
     return y, (q, k, v, bias, mask, noise, y, most, total)
 
 
-def _blockwise_backward(rate, saved, cotangent):
+def _blockwise_backward(rate, size, saved, cotangent):
     q, k, v, bias, mask, noise, y, most, total = saved
-    rows = _block_rows(q.shape[1:3], k.shape[2])
+    rows = _block_rows(q.shape[1:3], k.shape[2], size)
     # The share of each row that its softmax takes from all its scores alike.
     share = _product("hbnk,hbnk->hbn", y, cotangent)[..., None]
 
@@ -162,10 +181,10 @@ def _block_scores(k: jax.Array, block: _Block) -> jax.Array:
     return scores
 
 
-def _block_rows(shape: tuple[int, int], columns: int) -> int:
-    """Rows of a block of [B, N] x S scores: a divisor of N with which it has about BLOCK elements."""
+def _block_rows(shape: tuple[int, int], columns: int, block: int) -> int:
+    """Rows of a block of [B, N] x S scores: a divisor of N with which it has about `block` elements."""
     batch, n = shape
-    wanted = max(BLOCK // (batch * columns), 1)
+    wanted = max(block // (batch * columns), 1)
     divisors = [rows for rows in range(1, n + 1) if n % rows == 0]
     below = max(rows for rows in divisors if rows <= wanted)
     # 401 is prime: better one block too large than 401 of one row.

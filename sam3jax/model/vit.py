@@ -38,7 +38,8 @@ class RopeAttention(nn.Module):
         qkv = qkv.reshape(b, rows * columns, 3, c.vit_heads, width // c.vit_heads)
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, N, H, K]
         cos, sin = rope_table(rows, width // c.vit_heads, c.window_size / rows)
-        y = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, backend=self.backend)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        y = attention(q, k, v, backend=self.backend, fused=c.fused_attention)
         y = y.reshape(b, rows, columns, width)
         return Linear(width, dtype=dtype, train=self.train, name="proj")(y)
 
