@@ -101,6 +101,10 @@ def describe(found: plan.Needs, config: Config, card: targets.Card, devices: int
     if devices > 1:
         for kind, (number, size) in found.collectives.items():
             lines.append(f"{kind:<23} {number}, {size / 1e6:.1f} MB in all")
+    if found.host:
+        lines.append(
+            f"talks to the host       {', '.join(found.host)}: that is a fault, please report it"
+        )
     return [*lines, f"compiled in {found.seconds:.0f} s; nothing was run"]
 
 

@@ -68,7 +68,7 @@ def test_what_devices_send_is_read_from_the_program():
 def linear(config, devices):
     """In the place of a compilation: 3 GB and 2 GB a picture."""
     return plan.Needs(
-        3 * 10**9, 2 * 10**9 * config.micro_batch, 1e12, {}, 0.0, 5, config.batch_size
+        3 * 10**9, 2 * 10**9 * config.micro_batch, 1e12, {}, (), 0.0, 5, config.batch_size
     )
 
 
@@ -112,7 +112,7 @@ def test_a_plan_of_what_is_here_agrees_with_the_compiler(words, monkeypatch, cap
 def test_what_does_not_fit_says_which_settings_would_help(words, monkeypatch, capsys):
     def compiled(config, devices):
         size = 10**9 if config.loss.mask_resolution == "prediction" else 9 * 10**9
-        return plan.Needs(size, (config.micro_batch or 2) * 10**9, 1e12, {}, 0.0, 5, 2)
+        return plan.Needs(size, (config.micro_batch or 2) * 10**9, 1e12, {}, (), 0.0, 5, 2)
 
     monkeypatch.setattr(plan, "needs", compiled)
     monkeypatch.setattr(targets, "here", lambda: (targets.Card("a card", 4 * 10**9, 1e9, {"float32": 1e12}), [None]))  # fmt: skip

@@ -26,7 +26,7 @@ from sam3jax.training.optim import build_optimizer
 from sam3jax.training.rates import count, multipliers
 from sam3jax.training.state import init_state
 from sam3jax.training.step import make_train_step
-from sam3jax.training.targets import Card
+from sam3jax.training.targets import Card, compiler_options
 from sam3jax.types import AXIS
 from sam3jax.weights.base import open_base
 from sam3jax.weights.scope import scope_of
@@ -41,13 +41,15 @@ _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "a
 @dataclass(frozen=True)
 class Needs:
     """Of one device, in bytes: arguments (weights, state, batch) and temporaries. flops: matrix products and
-    convolutions of one update on one device. collectives: kind -> (number, bytes). seconds: of compiling.
+    convolutions of one update on one device. collectives: kind -> (number, bytes). host: operations that would
+    leave the device for the host in the middle of the step. seconds: of compiling.
     """
 
     arguments: int
     temporaries: int
     flops: float
     collectives: dict[str, tuple[int, int]]
+    host: tuple[str, ...]
     seconds: float
     trained: int
     pictures: int
@@ -61,7 +63,7 @@ def needs(config: Config, devices: Sequence[Any]) -> Needs:
     """Compile one update of a run for these devices. Raises ConfigError and DataError as a training does."""
     config, tokenizer = _sizes(config)
     mesh = Mesh(np.array(devices), (AXIS,))
-    backend = "gpu" if (platform := backend_of(mesh)) == "cuda" else platform
+    backend = backend_of(mesh)
     task = TASKS[config.task](config, backend)
     micro = micro_batches(config, mesh)
     data = task.open(tokenizer)
@@ -81,12 +83,13 @@ def needs(config: Config, devices: Sequence[Any]) -> Needs:
         everywhere(state), everywhere(frozen), everywhere(prepared), _batch_shapes(batch, task.batch_spec, mesh, micro)
     )  # fmt: skip
     begun = time.monotonic()
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(compiler_options(devices[0]))
     memory = compiled.memory_analysis()
     assert memory is not None
+    text = compiled.as_text() or ""
     return Needs(
         arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
-        flops=flops(traced.jaxpr.jaxpr), collectives=collectives(compiled.as_text() or ""),
+        flops=flops(traced.jaxpr.jaxpr), collectives=collectives(text), host=host_traffic(text),
         seconds=time.monotonic() - begun, trained=count(trainable, rates), pictures=config.batch_size,
     )  # fmt: skip
 
@@ -163,6 +166,16 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
         if calls:
             found[kind] = (len(calls), sum(map(_bytes, calls)))
     return found
+
+
+def host_traffic(text: str) -> tuple[str, ...]:
+    """Names of the operations in a compiled program that talk to the host: callbacks, feeds, copies to its memory."""
+    calls = re.findall(r'custom_call_target="([^"]+)"', text)
+    found = {name for name in calls if re.search(r"callback|Host", name)}
+    found |= set(re.findall(r" (infeed|outfeed)\(", text))
+    found |= {"host transfer"} if "is_host_transfer=true" in text else set()
+    found |= {"host memory"} if "S(5)" in text else set()
+    return tuple(sorted(found))
 
 
 def _bytes(shapes: str) -> int:

@@ -86,6 +86,13 @@ def target(text: str) -> tuple[Card, Sequence[Any]]:
     return CARDS[name], (_gpus if CARDS[name].gpu else _tpus)(name, count)
 
 
+def compiler_options(device: Any) -> dict[str, Any] | None:
+    """What the compiler must be told for a device that may not be here."""
+    absent = device.client.runtime_type == "compile_only_runtime"
+    # Without a card to try them on, it finds no tiles for products of odd sizes in Triton.
+    return {"xla_gpu_enable_triton_gemm": False} if absent and device.platform == "gpu" else None
+
+
 def _gpus(name: str, count: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
@@ -112,8 +119,6 @@ def _gpus(name: str, count: int) -> Sequence[Any]:
             f"to compile for {card.name} without one, install its compiler: {_REMEDY}"
         )
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-    # Without a card to try them on, the compiler finds no tiles for products of odd sizes in Triton.
-    _add_flag("--xla_gpu_enable_triton_gemm=false")
     described = topologies.get_topology_desc(
         platform="cuda", target_config=text, topology=f"1x1x{count}"
     )
@@ -139,13 +144,6 @@ def _tpus(name: str, count: int) -> Sequence[Any]:
         **({"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if count == 1 else {}),
     )  # fmt: skip
     return described.devices
-
-
-def _add_flag(flag: str) -> None:
-    """To XLA's, which are read when the first device is asked for."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag.partition("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
 def here() -> tuple[Card, Sequence[Any]]:

@@ -29,7 +29,8 @@ from sam3jax.weights.tree import Tree
 # What a user sets of a model that is read from a folder; its sizes come with it.
 # The two switches are of the program that will run the model: a training can be for transformers.
 AT_RUN_TIME = {
-    "image_size", "dropout", "drop_path", "compute_dtype", "remat", "geometry_without_boxes", "clamp_presence",
+    "image_size", "dropout", "drop_path", "compute_dtype", "remat", "fused_attention", "geometry_without_boxes",
+    "clamp_presence",
 }  # fmt: skip
 
 
