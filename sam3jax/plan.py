@@ -15,6 +15,7 @@ from sam3jax.config import Config, ConfigError, load_config, parse_config, read_
 from sam3jax.errors import exit_status
 from sam3jax.options import parse
 from sam3jax.training import plan, targets
+from sam3jax.training.micro_batch import choose, most_that_fits
 from sam3jax.weights.start import is_hub_id
 
 GB = 1e9
@@ -51,16 +52,18 @@ def _run(options: argparse.Namespace) -> int:
     for line in _warnings(config, card):
         print(line)
     print(f"compiling for {len(devices)} x {card.name} ...", flush=True)
-    found = plan.needs(config, devices)
+    room = plan.USABLE * card.memory
+    if config.micro_batch == "auto":
+        config, found, said = choose(config, devices, room)
+        print(said)
+    else:
+        found = plan.needs(config, devices)
     for line in describe(found, config, card, len(devices)):
         print(line)
-    room = plan.USABLE * card.memory
     if found.peak <= room:
         if options.search:
-            one = plan.needs(plan.with_micro_batch(config, 1, len(devices)), devices)
-            most, needs = plan.most_that_fits(config, devices, card, one)
-            peak = f", {needs.peak / GB:.2f} GB" if needs else ""
-            print(f"largest micro_batch that fits: {most}{peak}")
+            most, needs = most_that_fits(config, devices, room)
+            print(f"largest micro_batch that fits: {most}, {needs.peak / GB:.2f} GB")
         return 0
     print(
         f"it does not fit: {(found.peak - room) / GB:.2f} GB too much. What each of these alone would need:"

@@ -27,16 +27,11 @@ from sam3jax.training.first_batches import draw_first
 from sam3jax.training.first_nan import first_nan
 from sam3jax.training.length import Patience, in_steps, is_validated
 from sam3jax.training.log import Hook, RunLog, StepLog, nothing
-from sam3jax.training.mesh import (
-    backend_of,
-    local_mesh,
-    make_mesh,
-    micro_batches,
-    put_batch,
-    put_replicated,
-)
+from sam3jax.training.mesh import backend_of, local_mesh, make_mesh, put_batch, put_replicated
+from sam3jax.training.micro_batch import resolve
 from sam3jax.training.optim import build_optimizer, schedule_warning
 from sam3jax.training.peers import joined
+from sam3jax.training.precision import precision_line
 from sam3jax.training.rates import count, multipliers
 from sam3jax.training.signals import Interruptions, stopped
 from sam3jax.training.skipped import SkippedSteps
@@ -63,10 +58,10 @@ def train(
     """
     check_trackers(config.trackers)
     base = open_base(config)
-    config, mesh = base.config, make_mesh()
+    mesh = make_mesh()
+    config, micro, chosen = resolve(base.config, mesh)
     task = TASKS[config.task](config, backend_of(mesh))
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    micro = micro_batches(config, mesh)
     data = task.open(base.tokenizer)
     loader = task.loader(data, **process)
     config = in_steps(config, loader.epoch)
@@ -102,6 +97,7 @@ def train(
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
         log.say(*task.describe(data), schedule_warning(config.optim, config.steps))
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
+        log.say(chosen, precision_line(config.model, mesh.devices.flat[0]))
         frozen = put_replicated(compact(frozen, config.model, backend_of(mesh)), mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)
         prepared = put_replicated(prepared, mesh)

@@ -14,7 +14,7 @@ from sam3jax.config import (
     load_config,
     parse_config,
 )
-from sam3jax.config.settings import bare, bounds, section_of, settings
+from sam3jax.config.settings import bare, bounds, marks, section_of, settings
 
 ALL = {s.name: s.field for s in settings()}
 NUMBERS = {n: bare(f.annotation)[0] for n, f in ALL.items() if bare(f.annotation)[0] in (int, float)}  # fmt: skip
@@ -40,7 +40,7 @@ def refused(name: str, value) -> str:
 
 def limits(name: str) -> dict[str, float]:
     found = {}
-    for mark in ALL[name].metadata:
+    for mark in marks(ALL[name]):
         found |= {k: getattr(mark, k) for k in ("ge", "gt", "le", "lt") if hasattr(mark, k)}
     return found
 

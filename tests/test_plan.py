@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from jax.sharding import PartitionSpec as P
 
 from sam3jax import plan as command
-from sam3jax.config import ConfigError, parse_config
-from sam3jax.training import plan, targets
+from sam3jax.config import ConfigError, dump_config, load_config, parse_config
+from sam3jax.training import micro_batch, plan, targets
 from sam3jax.training.mesh import make_mesh
+from sam3jax.training.precision import precision_line
 from sam3jax.types import AXIS
+from tests.batches import small_config
 from tests.small_run import SIZES
 
 A, B = jnp.zeros((3, 5, 7)), jnp.zeros((3, 7, 11))
@@ -75,12 +78,120 @@ def linear(config, devices):
 @pytest.mark.parametrize("gigabytes", [4, 5.5, 8, 24, 80])
 def test_the_largest_micro_batch_is_the_largest_that_fits(monkeypatch, gigabytes):
     monkeypatch.setattr(plan, "needs", linear)
-    card = targets.Card("a card", int(gigabytes * 1e9), 1.0, {})
-    config, devices = plan.with_micro_batch(parse_config({}), 1, 2), [None] * 2
-    most, found = plan.most_that_fits(config, devices, card, linear(config, devices))
+    room = plan.USABLE * gigabytes * 1e9
+    most, found = micro_batch.most_that_fits(parse_config({}), [None] * 2, room)
     assert most == max(0, int((plan.USABLE * gigabytes - 3) // 2))
-    assert (found is None) == (most == 0)
-    assert found is None or found.pictures == 2 * most
+    assert found.pictures == 2 * max(most, 1)
+    assert (found.peak > room) == (most == 0)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_is_found_fits_and_takes_few_compilations(seed):
+    """Any memory that grows, in any bend: what is chosen was compiled and fits. On a line it is the largest."""
+    rng = np.random.default_rng(seed)
+    choices = sorted(
+        rng.choice(np.arange(1, 200), int(rng.integers(1, 12)), replace=False).tolist()
+    )
+    bend = rng.choice([1.0, 0.7, 1.4])
+    peak = lambda n: int(1000 + rng_slope * n**bend)
+    rng_slope, room = rng.uniform(1, 50), rng.uniform(500, 8000)
+    compiled = []
+    needs_of = lambda n: compiled.append(n) or plan.Needs(peak(n), 0, 0.0, {}, (), 0.0, 0, n)
+    most, tried = micro_batch.largest(needs_of, room, choices)
+    assert sorted(compiled) == sorted(tried)
+    assert most == 0 or peak(most) <= room
+    assert most or peak(choices[0]) > room
+    if bend == 1.0:
+        assert most == max((n for n in choices if peak(n) <= room), default=0)
+        assert len(compiled) <= 5
+
+
+def test_auto_on_a_cpu_is_the_whole_share_and_is_said(tmp_path):
+    mesh = make_mesh(jax.devices()[:2])
+    config = small_config(batch_size=6, micro_batch="auto", output=str(tmp_path))
+    chosen, number, said = micro_batch.resolve(config, mesh)
+    assert (chosen.micro_batch, number) == (3, 1)
+    assert "all 3 pictures" in said
+    with pytest.raises(ConfigError, match="use a multiple of 2"):
+        micro_batch.resolve(small_config(batch_size=5, micro_batch="auto"), mesh)
+    plain = small_config(batch_size=6, micro_batch=1)
+    assert micro_batch.resolve(plain, mesh) == (plain, 3, None)
+
+
+def test_auto_takes_what_fits_and_a_run_keeps_it(monkeypatch, tmp_path):
+    """Of an accelerator's memory, 3 GB and 2 GB a picture: of 12 pictures a device 4 fit, and divide them."""
+    mesh = make_mesh(jax.devices()[:2])
+    config = small_config(batch_size=24, micro_batch="auto", output=str(tmp_path))
+    monkeypatch.setattr(plan, "needs", linear)
+    monkeypatch.setattr(micro_batch, "backend_of", lambda mesh: "gpu")
+    monkeypatch.setattr(micro_batch, "_limit", lambda mesh: int(14e9))
+    chosen, number, said = micro_batch.resolve(config, mesh)
+    assert (chosen.micro_batch, number) == (4, 3)
+    assert "auto takes 4 of 12" in said
+    assert "compiled 3 times" in said
+    (tmp_path / "config.yaml").write_text(dump_config(chosen))
+    monkeypatch.setattr(micro_batch, "_limit", lambda mesh: int(90e9))
+    again, number, said = micro_batch.resolve(config, mesh)
+    assert (again, number) == (chosen, 3)
+    assert "keeps the 4" in said
+
+
+def test_auto_refuses_a_device_without_room(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "needs", linear)
+    monkeypatch.setattr(micro_batch, "backend_of", lambda mesh: "gpu")
+    monkeypatch.setattr(micro_batch, "_limit", lambda mesh: int(4e9))
+    config = small_config(batch_size=2, micro_batch="auto", output=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"needs 5\.00 GB, and a device has 3\.68 GB"):
+        micro_batch.resolve(config, make_mesh(jax.devices()[:1]))
+
+
+def test_a_plan_chooses_as_a_training_would(words, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "needs", linear)
+    monkeypatch.setattr(
+        targets, "here", lambda: (targets.Card("a card", int(8.8e9), 1.0, {}), [None])
+    )
+    assert command.main([*words, "batch_size=6", "micro_batch=auto"]) == 0
+    out = capsys.readouterr().out
+    assert "auto takes 2 of 6 pictures" in out
+    assert "6, 2 at once on a device" in out
+
+
+@pytest.mark.parametrize("value", ["automatic", "0", "1.5"])
+def test_another_word_is_refused(value):
+    with pytest.raises(ConfigError, match="expected a whole number, 1 to 1,000,000, auto, or null"):
+        load_config(None, [f"micro_batch={value}"])
+
+
+def test_auto_is_read_written_and_read_again():
+    config = load_config(None, ["micro_batch=auto", "batch_size=4"])
+    assert config.micro_batch == "auto"
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert load_config(None, ["micro_batch=2"]).micro_batch == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "capability", "asked", "said"),
+    [("float32", "gpu", "9.0", None, "TF32"), ("float32", "gpu", "9.0", "highest", "at highest"),
+     ("float32", "gpu", "7.5", None, "no TF32"), ("bfloat16", "gpu", "8.0", None, "bfloat16, added up in float32"),
+     ("bfloat16", "gpu", "7.5", None, "no units"), ("float32", "tpu", None, None, "bfloat16 (7 bits)"),
+     ("float32", "cpu", None, None, None)],
+)  # fmt: skip
+def test_the_log_says_the_precision_of_products(dtype, platform, capability, asked, said):
+    class Device:
+        pass
+
+    device = Device()
+    device.platform = platform
+    if capability:
+        device.compute_capability = capability
+    with jax.default_matmul_precision(asked):
+        line = precision_line(small_config(model={"compute_dtype": dtype}).model, device)
+    assert line is None if said is None else said in line
+
+
+def test_float16_is_refused():
+    with pytest.raises(ConfigError, match="expected float32 or bfloat16"):
+        load_config(None, ["model.compute_dtype=float16"])
 
 
 @pytest.fixture

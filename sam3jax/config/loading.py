@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from sam3jax.config.schema import Config
 from sam3jax.config.section import ConfigError, Section
-from sam3jax.config.settings import bare, expected, section_of
+from sam3jax.config.settings import bare, expected, section_of, words_beside
 
 _NOTHING = ("", "~", "null", "Null", "NULL")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -232,11 +232,14 @@ _GONE = {
 
 def explain(error: ValidationError, section: type[Section]) -> list[str]:
     """The errors as sentences: the key, what was expected, what was found."""
-    return [_explain(dict(e), section) for e in error.errors()]
+    # A field of several types makes an error of each, with the same sentence.
+    return list(dict.fromkeys(_explain(dict(e), section) for e in error.errors()))
 
 
 def _explain(error: Mapping[str, Any], section: type[Section]) -> str:
     path = [str(part) for part in error["loc"] if part != "[key]"]
+    if len(path) > 1 and (above := field_at(path[:-1], section)) and words_beside(above.annotation):
+        path.pop()  # the type among several, which is no key
     name = ".".join(path) or "config"
     if name in _GONE:
         return f"config key {name} is gone: {_GONE[name]}"

@@ -6,7 +6,7 @@ it. What a file or a command line says is read in `loading`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -114,12 +114,11 @@ class Config(Section):
         le=1_000_000,
         description="Pictures of one update, over all devices and micro-batches.",
     )
-    micro_batch: int | None = Field(
+    micro_batch: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] | None = Field(
         default=None,
-        ge=1,
-        le=1_000_000,
         description="Pictures that a device holds at once; the gradients of several micro-batches are added up. "
-        "null: batch_size divided by the number of devices.",
+        "null: batch_size divided by the number of devices. auto: as many as fit, found by compiling a few steps (minutes "
+        "at full size), and kept by the run; on a CPU as null.",
     )
     seed: int = Field(
         default=0, ge=0, le=SEEDS, description="Seed of weights, shuffling and augmentation."

@@ -34,13 +34,21 @@ class Setting:
 
 
 def bare(annotation: Any) -> tuple[Any, bool]:
-    """The type without Annotated and None, and whether None is allowed."""
+    """The type without Annotated, None and the words beside it, and whether None is allowed."""
     if get_origin(annotation) is Annotated:
         return bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        (inner,) = (a for a in get_args(annotation) if a is not type(None))
-        return bare(inner)[0], True
+        inner = [a for a in get_args(annotation) if a is not type(None)]
+        return bare(inner[0])[0], True
     return annotation, False
+
+
+def words_beside(annotation: Any) -> list[str]:
+    """Words that a field takes in the place of its type: `auto` of `int | Literal["auto"]`."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return []
+    _, *others = get_args(annotation)
+    return [word for a in others if get_origin(a) is Literal for word in get_args(a)]
 
 
 def section_of(annotation: Any) -> type[Section] | None:
@@ -63,14 +71,26 @@ def expected(field: FieldInfo) -> str:
         words = "a section of `key: value` lines"
     else:
         words = ", ".join(filter(None, (_WORDS[kind], bounds(field))))
+    for word in words_beside(field.annotation):
+        words += f", {word}"
     return f"{words}{',' if ',' in words else ''} or null" if optional else words
+
+
+def marks(field: FieldInfo) -> list[Any]:
+    """What bounds a field, or the number among its alternatives."""
+    first = next(iter(get_args(field.annotation)), None)
+    inner = get_args(first)[1:] if get_origin(first) is Annotated else ()
+    return [
+        *field.metadata,
+        *(mark for known in inner for mark in getattr(known, "metadata", [known])),
+    ]
 
 
 def bounds(field: FieldInfo) -> str:
     """The smallest and largest allowed number, in words; "" for other fields."""
     limits = {
         name: getattr(mark, name)
-        for mark in field.metadata
+        for mark in marks(field)
         for name in ("ge", "gt", "le", "lt")
         if hasattr(mark, name)
     }

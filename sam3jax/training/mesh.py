@@ -52,12 +52,13 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
 
 def micro_batches(config: Config, mesh: Mesh) -> int:
     """How many micro-batches each device works off in one update. Raises ConfigError for a rest."""
-    held = config.micro_batch or max(config.batch_size // mesh.size, 1)
+    given = config.micro_batch if isinstance(config.micro_batch, int) else None
+    held = given or max(config.batch_size // mesh.size, 1)
     if config.batch_size % (held * mesh.size):
-        size = f"micro-batches of {held} on " if config.micro_batch else ""
+        size = f"micro-batches of {held} on " if given else ""
         raise ConfigError(
             f"batch_size {config.batch_size} does not divide into {size}{mesh.size} device(s): use a multiple of "
-            f"{held * mesh.size if config.micro_batch else mesh.size}"
+            f"{held * mesh.size if given else mesh.size}"
         )
     return config.batch_size // (held * mesh.size)
 

@@ -26,7 +26,7 @@ from sam3jax.training.optim import build_optimizer
 from sam3jax.training.rates import count, multipliers
 from sam3jax.training.state import init_state
 from sam3jax.training.step import make_train_step
-from sam3jax.training.targets import Card, compiler_options
+from sam3jax.training.targets import compiler_options
 from sam3jax.types import AXIS
 from sam3jax.weights.base import open_base
 from sam3jax.weights.scope import scope_of
@@ -182,25 +182,6 @@ def _bytes(shapes: str) -> int:
     """Of every array in a type such as `(f32[3,4]{1,0}, bf16[])`."""
     parts = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     return sum(_BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in parts)  # fmt: skip
-
-
-def most_that_fits(config: Config, devices: Sequence[Any], card: Card, first: Needs) -> tuple[int, Needs | None]:  # fmt: skip
-    """(largest micro_batch that fits, its needs), by doubling and then bisection; 0 where one picture is too much.
-
-    first: of micro_batch=1.
-    """
-    room = USABLE * card.memory
-    if first.peak > room:
-        return 0, None
-    fits, best, over = 1, first, None
-    while over is None or over - fits > 1:
-        tried = fits * 2 if over is None else (fits + over) // 2
-        found = needs(with_micro_batch(config, tried, len(devices)), devices)
-        if found.peak <= room:
-            fits, best = tried, found
-        else:
-            over = tried
-    return fits, best
 
 
 def with_micro_batch(config: Config, micro_batch: int, devices: int) -> Config:
