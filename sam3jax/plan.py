@@ -75,11 +75,18 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _warnings(config: Config, card: targets.Card) -> list[str]:
-    if card.gpu and card.gpu[0] < (8, 0) and config.model.compute_dtype == "bfloat16":
-        return [
+    said, old = [], card.gpu is not None and card.gpu[0] < (8, 0)
+    if old and config.model.compute_dtype == "bfloat16":
+        said.append(
             f"{card.name} has no units for bfloat16: numbers are kept in it and computed in float32"
-        ]
-    return []
+        )
+    if card.gpu and config.model.fused_attention:
+        said.append(
+            f"{card.name} is too old for cuDNN's fused attention: set model.fused_attention=false"
+            if old
+            else "model.fused_attention: cuDNN plans on the card, so its own workspace is not counted here"
+        )
+    return said
 
 
 def describe(found: plan.Needs, config: Config, card: targets.Card, devices: int) -> list[str]:

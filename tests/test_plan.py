@@ -246,11 +246,21 @@ def test_a_hub_id_is_planned_for_without_its_weights(words, monkeypatch, capsys)
     assert "facebook/sam3 is not downloaded" in capsys.readouterr().out
 
 
-def test_a_card_without_bfloat16_is_said(words, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("card", "setting", "said"),
+    [("t4", "compute_dtype=bfloat16", "NVIDIA T4 has no units for bfloat16"),
+     ("t4", "fused_attention=true", "NVIDIA T4 is too old for cuDNN's fused attention"),
+     ("h100", "fused_attention=true", "its own workspace is not counted"), ("h100", "compute_dtype=bfloat16", None),
+     ("v5e", "fused_attention=true", None)],
+)  # fmt: skip
+def test_what_a_card_cannot_do_and_a_plan_not_know_is_said(
+    words, monkeypatch, capsys, card, setting, said
+):
     monkeypatch.setattr(plan, "needs", linear)
     monkeypatch.setattr(targets, "target", lambda text: (targets.CARDS[text], [None]))
-    command.main([*words, "model.compute_dtype=bfloat16", "micro_batch=1", "--device", "t4"])
-    assert "NVIDIA T4 has no units for bfloat16" in capsys.readouterr().out
+    command.main([*words, f"model.{setting}", "micro_batch=1", "--device", card])
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert said in first if said else first.startswith("compiling for")
 
 
 @pytest.mark.parametrize(
