@@ -150,11 +150,15 @@ def test_a_rematerialised_layer_forms_its_scores_twice_and_not_three_times(monke
     assert exponentials(module.nn.remat) == 3
 
 
-@pytest.mark.parametrize("varying", ["q", "k", "all"])
-def test_blocks_under_shard_map(monkeypatch, varying):
+@pytest.mark.parametrize(
+    ("varying", "backend"),
+    [("q", "cpu"), ("k", "cpu"), ("all", "cpu"), ("k", "gpu"), ("all", "gpu")],
+)
+def test_blocks_under_shard_map(monkeypatch, varying, backend):
     """Arguments that are the same on all devices may meet others that are not."""
     monkeypatch.setattr(by_blocks, "BLOCK", 60)
-    inputs, _, weight = problem(3, b=8, bias=True)
+    monkeypatch.setattr(by_blocks, "ACCELERATOR_BLOCK", 240)  # two of four heads
+    inputs, mask, weight = problem(3, b=8, h=4, bias=True, mask="causal")
     split = {name: varying in (name, "all") for name in inputs}
     inputs = {k: v if split[k] else jnp.broadcast_to(v[:1], v.shape) for k, v in inputs.items()}
     arguments = {k: v if split[k] else v[:1] for k, v in inputs.items()}
@@ -164,10 +168,11 @@ def test_blocks_under_shard_map(monkeypatch, varying):
         in_specs=({k: P("data") if split[k] else P() for k in inputs}, P("data")),
     )  # fmt: skip
     def loss(inputs, weight):
-        return jax.lax.psum((module.attention(**inputs) * weight).sum(), "data")
+        y = module.attention(**inputs, mask=mask, backend=backend)
+        return jax.lax.psum((y * weight).sum(), "data")
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(arguments, weight)
-    want = value_and_gradients(inputs, None, weight)
+    want = value_and_gradients(inputs, mask, weight)
     np.testing.assert_allclose(value, (want["y"] * weight).sum(), rtol=1e-5)
     for name, got in gradients.items():
         whole = want[name] if split[name] else want[name].sum(0, keepdims=True)
