@@ -264,6 +264,21 @@ def test_what_a_card_cannot_do_and_a_plan_not_know_is_said(
 
 
 @pytest.mark.parametrize(
+    ("stats", "memory"),
+    [({"bytes_limit": 17 * 10**9}, 17 * 10**9), (None, targets.CARDS["l4"].memory)],
+)
+def test_a_card_that_is_here_has_what_jax_may_take_of_it(monkeypatch, stats, memory):
+    class Device:
+        device_kind = "NVIDIA L4"
+        memory_stats = staticmethod(lambda: stats)
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    card, _ = targets.here()
+    assert (card.name, card.memory) == ("NVIDIA L4", memory)
+    assert card.rates == targets.CARDS["l4"].rates
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [("h101", "expected one of h200, h100"), ("h100:0", "expected one of"), ("h100:x", "expected one of"),
      ("v5e:3", "have 1, 4, 8, 16 chips"), ("", "expected one of")],
