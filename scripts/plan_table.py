@@ -159,7 +159,7 @@ def _headline(done: dict[Row, dict[str, Any]], gigabytes: int, card: str) -> str
             said.append(f"{trained} ({most} picture{'s' if most > 1 else ''} at once)")
         elif any(r.trained == trained for r in own):
             said.append(f"not {trained}")
-    return f"- **{gigabytes} GB ({targets.CARDS[card].name})**, with masks: {'; '.join(said) or 'nothing was compiled'}."
+    return f"- **{gigabytes} GB ({targets.CARDS[card].name})**, of what was compiled with masks: {'; '.join(said) or 'nothing was compiled'}."
 
 
 def _same_on_ada(done: dict[Row, dict[str, Any]]) -> list[str]:
