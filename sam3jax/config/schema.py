@@ -121,6 +121,11 @@ class Config(Section):
         description="Pictures that a device holds at once; the gradients of several micro-batches are added up. "
         "null: batch_size divided by the number of devices.",
     )
+    shard: bool = Field(
+        default=False,
+        description="Split weights and optimizer over all devices; each layer is gathered while it runs. Less memory, "
+        "more traffic between devices, the same result.",
+    )
     seed: int = Field(
         default=0, ge=0, le=SEEDS, description="Seed of weights, shuffling and augmentation."
     )

@@ -32,7 +32,7 @@ CONFIG = "config.yaml"
 MAY_CHANGE = {
     "steps", "epochs", "patience", "min_improvement", "trackers", "eval_every", "save_every", "save_minutes", "log_every", "keep", "max_skipped", "evaluation", "output",
     "draw_batches", "resume", "id", "init", "data.train", "data.valid", "data.workers", "data.max_megapixels",
-    "data.allow_outside",
+    "data.allow_outside", "shard",
 }  # fmt: skip
 
 
