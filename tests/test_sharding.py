@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from sam3jax.checksums import of_arrays
 from sam3jax.config import ModelConfig
 from sam3jax.model.init import parameter_shapes
+from sam3jax.model.vit import ViT
 from sam3jax.training import sharding
 from sam3jax.training.mesh import make_mesh
 from sam3jax.training.optim import build_optimizer
@@ -183,3 +184,43 @@ def test_checksums_and_gathering_do_not_depend_on_the_split(split_small):
     gathered = whole(split)
     assert gathered["kernel"].is_fully_replicated
     chex.assert_trees_all_equal(jax.device_get(gathered), tree)
+
+
+def inside(jaxpr):
+    """Every equation, those of loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from inside(inner)
+
+
+def test_the_backward_pass_gathers_again_and_nothing_whole_is_kept(split_small):
+    """Traced only: loops over the blocks of the trunk hold a block's kernels, no more."""
+    config = small_config(model={"vit_stage_blocks": 4, "remat": True}).model
+    model, mesh = ViT(config), make_mesh()
+    params = {"params": parameter_shapes(config)["vit"]}
+    own = specs(params, 8)
+
+    def gradient(params, images):
+        loss = lambda p: model.apply(sharding.stored(p, own), images).sum()
+        return sharding.summed(jax.grad(loss)(sharding.as_varying(params, own)), own)
+
+    run = jax.shard_map(gradient, mesh=mesh, in_specs=(own, P(AXIS)), out_specs=own)
+    edge = config.image_size
+    jaxpr = jax.make_jaxpr(run)(params, jax.ShapeDtypeStruct((8, edge, edge, 3), jnp.float32))
+    loops = [
+        e for e in inside(jaxpr.jaxpr) if e.primitive.name == "scan" and e.params["length"] == 3
+    ]
+    count = lambda e, name: sum(x.primitive.name == name for x in inside(e.params["jaxpr"].jaxpr))
+    assert [count(e, "all_gather") for e in loops] == [4, 4]
+    assert [count(e, "reduce_scatter") for e in loops] == [0, 4]
+    kernels = {
+        x.shape[-2:] for path, x in flatten(params["params"]).items() if path[-1] == "kernel"
+    }
+    loops = [e for e in inside(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    kept = {v.aval.shape[-2:] for e in loops for v in e.outvars}
+    assert not kept & kernels

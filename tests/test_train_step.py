@@ -86,27 +86,20 @@ def test_eight_devices_equal_one():
 
 
 def test_weights_split_over_eight_devices_give_the_same_update(monkeypatch):
-    """Adapters and all other weights, trained or not; each layer is gathered inside the loop over layers."""
+    """Adapters and weights, trained or not; each layer is gathered inside the loop over layers."""
     monkeypatch.setattr(sharding, "SMALLEST", 64)  # nearly all of so small a model
-    deep = {"vit_stage_blocks": 3, "remat": True}  # two windowed blocks a stage: a loop
-    adapters = {"targets": ("backbone.*.trunk.*", "transformer.*"), "rank": 8}
-    config = small_config(
-        model=deep, lora=adapters, trainable=("*trunk.blocks*", "*encoder.layers*")
-    )
-    batch = some_absent(1)
+    config, batch = small_config(**EVERYTHING), some_absent(1)
     one, eight = run_once(config, batch, 1), run_once(config, batch, 8, parts=8)
     assert_same_update(config, one, eight)
     step, state, rest, *others = eight[2]()
     assert step._cache_size() == 1  # what comes out lies as what went in
     size = sum(x.nbytes for x in jax.tree.leaves((state, rest)))
     own = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves((state, rest)))
-    assert own < size / 4  # biases and norms weigh more in a small model
+    assert own < size / 5  # biases and norms weigh more in a small model
     text = step.lower(state, rest, *others).compile().as_text()
-    gathers = [
-        len(re.findall(r" all-gather\(", body)) for body in _reachable_from_loops(text).values()
-    ]
-    # Forwards and backwards: four kernels of a block with the two matrices of their adapters.
-    assert sum(gathers) >= 2 * 4 * 3
+    loops = _reachable_from_loops(text).values()
+    # Two blocks of a stage, four kernels each with the two matrices of their adapters.
+    assert sum(len(re.findall(r" all-gather\(", body)) for body in loops) >= 2 * 4 * 3
     assert "reduce-scatter" in text
 
 
