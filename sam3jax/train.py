@@ -42,8 +42,9 @@ from sam3jax.training.trackers import check_trackers
 from sam3jax.training.validation import Validation
 from sam3jax.weights.base import open_base
 from sam3jax.weights.checkpoints import Checkpoints
+from sam3jax.weights.frozen import compact
 from sam3jax.weights.run_folder import open_run_folder, remark_missing
-from sam3jax.weights.trainable import compact, start
+from sam3jax.weights.trainable import start
 
 
 def train(
@@ -98,7 +99,7 @@ def train(
         log.say(f"run folder {run}, {'continues at' if first else 'starts at'} step {first}")
         log.say(*task.describe(data), schedule_warning(config.optim, config.steps))
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
-        frozen = placed(compact(frozen, config.model, backend_of(mesh)), mesh)
+        frozen = placed(compact(frozen, config, backend_of(mesh)), mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)
         prepared, frozen = placed(prepared, mesh), placed(frozen, mesh, parts)
         ask = task.validation(data, local_mesh(mesh), **process)

@@ -78,6 +78,11 @@ class Config(Section):
         default="lora",
         description="lora trains the adapters and what `trainable` names; all trains every parameter.",
     )
+    base_dtype: Literal["float", "int8"] = Field(
+        default="float",
+        description="Number format of the kernels that are not trained. float: that of the computation. int8: eight bits "
+        "and a scale for each output channel; less memory, and weights rounded to 255 steps.",
+    )
     trainable: tuple[Text, ...] = Field(
         default=(),
         strict=False,
@@ -214,6 +219,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.base_dtype == "int8" and self.train == "all":
+            raise ValueError(
+                "base_dtype int8 is for weights that are not trained, and train=all trains every one: use train=lora, or "
+                "leave base_dtype out"
+            )
         if self.loss.weak_loss and self.micro_batch is not None:
             raise ValueError(
                 "loss.weak_loss divides by the queries that were matched in the whole batch, which a micro-batch "

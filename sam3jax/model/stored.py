@@ -1,4 +1,4 @@
-"""Parameters that lie otherwise than a layer reads them: split over devices.
+"""Parameters that lie otherwise than a layer reads them: split over devices, or in eight bits.
 
 Where a layer asks for a parameter, Linen unboxes it. So whatever is stored in a box becomes whole inside
 the loop over layers and inside the rematerialised block, one layer at a time, and no layer knows of it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 
@@ -42,3 +43,17 @@ class Split(_Box):
 
     def unbox(self) -> jax.Array:
         return jax.lax.all_gather(self.part, AXIS, axis=self.part.ndim + self.axis, tiled=True)
+
+
+class Int8(_Box):
+    """A frozen kernel as whole numbers from -127 to 127, times a scale of its output channel.
+
+    values [..., E] int8; scale float32, 1 along every axis that is summed over. Either may be split.
+    """
+
+    values: Any
+    scale: Any
+
+    def unbox(self) -> jax.Array:
+        values, scale = meta.unbox((self.values, self.scale))
+        return values.astype(jnp.float32) * scale

@@ -30,8 +30,9 @@ from sam3jax.training.step import make_train_step
 from sam3jax.training.targets import Card
 from sam3jax.types import AXIS
 from sam3jax.weights.base import open_base
+from sam3jax.weights.frozen import compact
 from sam3jax.weights.scope import scope_of
-from sam3jax.weights.trainable import compact, start
+from sam3jax.weights.trainable import start
 
 # Of a card's memory: the rest goes to the driver, the allocator and what lies between two buffers.
 USABLE = 0.92
@@ -75,7 +76,7 @@ def needs(config: Config, devices: Sequence[Any]) -> Needs:
     parts = parts_of(mesh, config.shard)
     optimizer = build_optimizer(config, trainable, rates, parts)
     state = jax.eval_shape(lambda t: init_state(t, optimizer, config.optim.ema > 0), trainable)
-    frozen = jax.eval_shape(lambda f: compact(f, config.model, backend), frozen)
+    frozen = jax.eval_shape(lambda f: compact(f, config, backend), frozen)
     prepared, frozen = jax.eval_shape(lambda t, f: task.prepare(t, f, data), trainable, frozen)
     step = make_train_step(
         task, optimizer, mesh, seed=config.seed, ema=config.optim.ema, parts=parts
