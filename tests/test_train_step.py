@@ -117,11 +117,12 @@ def assert_same_update(config, one, other):
 
 
 @pytest.mark.parametrize(("devices", "micro"), [(1, 8), (2, 2)])
-def test_micro_batches_add_up_to_the_batch(devices, micro):
-    """One after the other, on one device or on several: the gradient of the batch, not of the means."""
+def test_micro_batches_add_up_to_the_batch(monkeypatch, devices, micro):
+    """One after the other, on one device or on several that share the weights: the gradient of the batch, not of the means."""
+    monkeypatch.setattr(sharding, "SMALLEST", 64)
     config, batch = small_config(**ALL_SUMS), some_absent(7)
     whole = run_once(config, batch, 1)
-    assert_same_update(config, whole, run_once(config, batch, devices, micro=micro))
+    assert_same_update(config, whole, run_once(config, batch, devices, micro=micro, parts=devices))
 
 
 def test_a_mean_of_micro_batches_would_be_another_gradient():
