@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from sam3jax.files import write_json
 
@@ -35,16 +36,27 @@ def of_bytes(data: bytes) -> str:
 
 
 def of_arrays(tree: Any) -> dict[str, str]:
-    """{place in the tree: dtype, shape and checksum} of replicated or host arrays."""
+    """{place in the tree: dtype, shape and checksum}; the same however arrays lie on devices.
+
+    Every process of a run calls this where arrays are split over hosts.
+    """
 
     def one(leaf: Any) -> str:
-        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+        array = np.asarray(leaf)
         return f"{array.dtype} {list(array.shape)} {of_array(array):08x}"
 
     leaves = jax.tree.leaves_with_path(tree)
     with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter
-        sums = pool.map(one, [leaf for _, leaf in leaves])
+        sums = pool.map(one, (_on_host(leaf) for _, leaf in leaves))
         return {jax.tree_util.keystr(path): s for (path, _), s in zip(leaves, sums, strict=True)}
+
+
+def _on_host(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if leaf.is_fully_replicated:
+        return leaf.addressable_data(0)
+    return leaf if leaf.is_fully_addressable else process_allgather(leaf, tiled=True)
 
 
 def differences(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:

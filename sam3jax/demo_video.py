@@ -44,8 +44,8 @@ def demo_video(config_file: str, overrides: Sequence[str] = ()) -> dict[str, Any
     run = read_run(load_config(config_file, overrides).output)
     videos = held_out(run)
     asked = {
-        "base": VideoPredictor(run.model, run.base_variables, run.tokenizer, run.config.evaluation),
-        "tuned": VideoPredictor(run.model, run.variables, run.tokenizer, run.config.evaluation, run.thresholds),
+        "base": VideoPredictor(run.model, run.asked(base=True), run.tokenizer, run.config.evaluation),
+        "tuned": VideoPredictor(run.model, run.asked(), run.tokenizer, run.config.evaluation, run.thresholds),
     }  # fmt: skip
     results = {n: measure(run, videos, p, base=n == "base") for n, p in asked.items()}
     fullest = sorted(videos.videos, key=lambda v: -len(v.objects()))

@@ -114,9 +114,9 @@ def evaluate_command(
 
 def _tracks(run: Run, videos: VideoDataset, base: bool) -> dict[str, float]:
     """As `predict` finds them: the tuned model with the thresholds of its phrases."""
-    variables, thresholds = (run.base_variables, {}) if base else (run.variables, run.thresholds)
+    thresholds = {} if base else run.thresholds
     predictor = VideoPredictor(
-        run.model, variables, run.tokenizer, run.config.evaluation, thresholds
+        run.model, run.asked(base), run.tokenizer, run.config.evaluation, thresholds
     )
     return evaluate_tracks(predictor, videos)
 

@@ -39,8 +39,8 @@ def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         _, kept = task.prepare({}, dict(variables), ClicksData(dataset, dataset))
         return validate(put_replicated(kept, mesh), None)
 
-    found = ask(run.base_variables if options.base else run.variables)
-    before = ask(run.base_variables) if options.compare else None
+    found = ask(run.asked(options.base))
+    before = ask(run.asked(base=True)) if options.compare else None
     output = make_folder(options.output or run.path)
     which = "base" if options.base else "tuned"
     found.write(output, before, {"run": str(run.path), "step": run.step, "weights": which})

@@ -27,12 +27,13 @@ from sam3jax.training.first_batches import draw_first
 from sam3jax.training.first_nan import first_nan
 from sam3jax.training.length import Patience, in_steps, is_validated
 from sam3jax.training.log import Hook, RunLog, StepLog, nothing
-from sam3jax.training.mesh import backend_of, local_mesh, make_mesh, put_batch, put_replicated
+from sam3jax.training.mesh import backend_of, local_mesh, make_mesh, put_batch
 from sam3jax.training.micro_batch import resolve
 from sam3jax.training.optim import build_optimizer, schedule_warning
 from sam3jax.training.peers import joined
 from sam3jax.training.precision import precision_line
 from sam3jax.training.rates import count, multipliers
+from sam3jax.training.sharding import parts_of, placed
 from sam3jax.training.signals import Interruptions, stopped
 from sam3jax.training.skipped import SkippedSteps
 from sam3jax.training.state import init_state, restore, save
@@ -43,8 +44,9 @@ from sam3jax.training.trackers import check_trackers
 from sam3jax.training.validation import Validation
 from sam3jax.weights.base import open_base
 from sam3jax.weights.checkpoints import Checkpoints
+from sam3jax.weights.frozen import compact
 from sam3jax.weights.run_folder import open_run_folder, remark_missing
-from sam3jax.weights.trainable import compact, start
+from sam3jax.weights.trainable import start
 
 
 def train(
@@ -57,10 +59,9 @@ def train(
     not right. Nothing is written before all of them are read.
     """
     check_trackers(config.trackers)
-    base = open_base(config)
-    mesh = make_mesh()
+    base, mesh = open_base(config), make_mesh()
     config, micro, chosen = resolve(base.config, mesh)
-    task = TASKS[config.task](config, backend_of(mesh))
+    parts, task = parts_of(mesh, config.shard), TASKS[config.task](config, backend_of(mesh))
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
     data = task.open(base.tokenizer)
     loader = task.loader(data, **process)
@@ -68,14 +69,15 @@ def train(
     weights = base.load()
     trainable, frozen = start(weights.params, config)
     rates = multipliers(trainable, frozen, config)
-    optimizer = build_optimizer(config, trainable, rates)
+    optimizer = build_optimizer(config, trainable, rates, parts)
     trained, total = count(trainable, rates), sum(x.size for x in jax.tree.leaves(weights.params))
     # What is entered here is closed in reverse order, whatever ends the run.
     with ExitStack() as ending:
         folder = ending.enter_context(open_run_folder(config, weights.fingerprint))
         run, chief = folder.path, jax.process_index() == 0
         checkpoints = ending.enter_context(closing(Checkpoints(run, keep=config.keep)))
-        state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
+        state = init_state(placed(trainable, mesh, parts), optimizer, config.optim.ema > 0)
+        state = placed(state, mesh, parts)
         untrained = state.trainable
         about: dict[str, Any] = {}
         if (found := checkpoints.latest()) is not None:
@@ -98,9 +100,9 @@ def train(
         log.say(*task.describe(data), schedule_warning(config.optim, config.steps))
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
         log.say(chosen, precision_line(config.model, mesh.devices.flat[0]))
-        frozen = put_replicated(compact(frozen, config.model, backend_of(mesh)), mesh)
+        frozen = placed(compact(frozen, config, backend_of(mesh)), mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)
-        prepared = put_replicated(prepared, mesh)
+        prepared, frozen = placed(prepared, mesh), placed(frozen, mesh, parts)
         ask = task.validation(data, local_mesh(mesh), **process)
         validate = before = None
         if ask is not None:
@@ -110,7 +112,9 @@ def train(
             if first and not validated and is_validated(config, first):
                 validate(state, frozen, prepared, first)
         del untrained
-        step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
+        step = make_train_step(
+            task, optimizer, mesh, seed=config.seed, ema=config.optim.ema, parts=parts
+        )
         where = lambda: first_nan(task, mesh, state.trainable, frozen, prepared, batch)
         skipped = SkippedSteps(config.max_skipped, int(state.skipped), where)
         steps = StepLog(log, config, loader.epoch, skipped, on_step)

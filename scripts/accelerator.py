@@ -45,7 +45,8 @@ from sam3jax.training.plan import host_traffic
 from sam3jax.training.rates import multipliers
 from sam3jax.training.state import TrainState, init_state
 from sam3jax.training.step import make_train_step
-from sam3jax.weights.trainable import compact, start
+from sam3jax.weights.frozen import compact
+from sam3jax.weights.trainable import start
 from scripts import plan_table
 
 SMALL = dict(
@@ -90,7 +91,7 @@ def program(config: Config, device: Any, optimizer: Any = None) -> Program:
     step = make_train_step(task, optimizer, mesh, seed=config.seed)
     with jax.default_device(device):
         state = put_replicated(init_state(trainable, optimizer, False), mesh)
-        frozen = put_replicated(compact(frozen, model, backend_of(mesh)), mesh)
+        frozen = put_replicated(compact(frozen, config, backend_of(mesh)), mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)
     prepared = put_replicated(prepared, mesh)
     return Program(step, state, (frozen, prepared, put_batch(batch, task.batch_spec, mesh)))

@@ -34,8 +34,9 @@ from sam3jax.training.rates import count, multipliers
 from sam3jax.training.state import init_state
 from sam3jax.training.step import make_train_step
 from sam3jax.types import Batch, Prompts, Targets, TextFeatures
+from sam3jax.weights.frozen import compact
 from sam3jax.weights.lora import init_lora
-from sam3jax.weights.trainable import compact, split, without_text_tower
+from sam3jax.weights.trainable import split, without_text_tower
 
 INSTANCES = 3
 
@@ -88,9 +89,9 @@ def prepare(config: Config, real: bool):
     step = make_train_step(Detection(config, backend), optimizer, mesh, seed=0)
     state = init_state(trainable, optimizer, False)
     if real:
-        frozen = jax.tree.map(jnp.asarray, compact(frozen, config.model, backend))
+        frozen = jax.tree.map(jnp.asarray, compact(frozen, config, backend))
     else:
-        frozen = jax.eval_shape(lambda tree: compact(tree, config.model, backend), frozen)
+        frozen = jax.eval_shape(lambda tree: compact(tree, config, backend), frozen)
     print(f"parameters trained: {count(trainable, rates):,}", flush=True)
     batch = batch_of(config)
     one = jax.tree.map(lambda x: x[None], batch)  # one micro-batch

@@ -10,7 +10,8 @@ import pytest
 from sam3jax.config import Config
 from sam3jax.tasks.clips import Clips, ClipsData, _at_once
 from sam3jax.tasks.detection import Detection
-from sam3jax.training.mesh import make_mesh, put_batch, put_replicated
+from sam3jax.training.mesh import make_mesh, put_batch
+from sam3jax.training.sharding import placed
 from sam3jax.training.state import init_state
 from sam3jax.training.step import make_train_step
 from sam3jax.types import ClipBatch
@@ -42,19 +43,20 @@ DESCENT = optax.sgd(1.0)
 
 
 @functools.cache
-def a_step(settings, devices):
+def a_step(settings, devices, parts):
     mesh, task = make_mesh(jax.devices()[:devices]), Clips(Config.model_validate_json(settings))
-    return mesh, task, make_train_step(task, DESCENT, mesh, seed=0)
+    return mesh, task, make_train_step(task, DESCENT, mesh, seed=0, parts=parts)
 
 
 def prepare(config, batch, devices=1, micro=1):
-    """(step, its arguments) on that many devices, with plain descent of rate 1."""
-    mesh, task, step = a_step(config.model_dump_json(), devices)
+    """(step, its arguments) on that many devices, with plain descent of rate 1. Two devices share the weights."""
+    parts = 2 if devices == 2 else 1
+    mesh, task, step = a_step(config.model_dump_json(), devices, parts)
     trainable, frozen = small_split(config)
     data = ClipsData(None, None, (), batch.tokens, [])
     prepared, rest = task.prepare(trainable, frozen, data)
-    prepared, rest = put_replicated((prepared, rest), mesh)
-    state = put_replicated(init_state(trainable, DESCENT, False), mesh)
+    prepared, rest = placed(prepared, mesh), placed(rest, mesh, parts)
+    state = placed(init_state(trainable, DESCENT, False), mesh, parts)
     return step, state, rest, prepared, put_batch(batch, task.batch_spec, mesh, micro)
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = {
     "batch_size": 4, "save_every": 2, "log_every": 1, "eval_every": 3, "lora.targets": list(DECODER),
     "optim.learning_rate": 1e-2, "optim.schedule": "constant", "optim.warmup_steps": 1,
-    "evaluation.panels": 1, "evaluation.batch_size": 2,
+    "evaluation.panels": 1, "evaluation.batch_size": 2, "lora.rank": 128,
     **{f"model.{k}": v for k, v in {**SMALL_MODEL, "decoder_layers": 1}.items()},
 }  # fmt: skip
 
@@ -70,7 +70,14 @@ def lines(run: Path) -> list[dict]:
 
 def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
     def train(name: str, count: int, devices: int, stop: str | None = None) -> list[str]:
-        settings = {"output": tmp_path / name, "data.train": data, "steps": 6, **SETTINGS}
+        # Split over hosts, base and adapters: the harder case, and the same run.
+        settings = {
+            "output": tmp_path / name,
+            "data.train": data,
+            "steps": 6,
+            "shard": count > 1,
+            **SETTINGS,
+        }
         arguments = [f"{k}={v}" for k, v in settings.items()]
         return run_processes(count, devices, tmp_path / "cache", arguments, stop)
 

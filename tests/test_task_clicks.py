@@ -11,7 +11,9 @@ from sam3jax import train
 from sam3jax.config import ConfigError, load_config, parse_config
 from sam3jax.model.init import init_params
 from sam3jax.tasks.clicks import Clicks
-from sam3jax.training.mesh import make_mesh, put_batch, put_replicated
+from sam3jax.training import sharding
+from sam3jax.training.mesh import make_mesh, put_batch
+from sam3jax.training.sharding import placed
 from sam3jax.training.state import init_state
 from sam3jax.training.step import make_train_step
 from sam3jax.types import ClickBatch
@@ -63,20 +65,20 @@ def random_params(config):
     return params | {"tracker_neck": jax.tree.map(lambda x: 0.2 * x, params["tracker_neck"])}
 
 
-def compiled(config, devices: int):
+def compiled(config, devices: int, parts: int = 1):
     """update(batch) -> (gradients by path, metrics) of one step of plain descent.
 
-    At the rate RATE what is taken off is so large that the weights' own rounding is nothing beside it.
+    parts: into how many the weights are split. At the rate RATE what is taken off is so large that the weights' own rounding is nothing beside it.
     """
     mesh = make_mesh(jax.devices()[:devices])
     task = Clicks(config)
     trainable, frozen = start(random_params(config), config)
     prepared, rest = task.prepare(trainable, frozen, None)
-    rest = put_replicated(rest, mesh)
-    step = make_train_step(task, optax.sgd(RATE), mesh, seed=0)
+    rest = placed(rest, mesh, parts)
+    step = make_train_step(task, optax.sgd(RATE), mesh, seed=0, parts=parts)
 
     def update(batch):
-        state = put_replicated(init_state(trainable, optax.sgd(RATE), False), mesh)
+        state = placed(init_state(trainable, optax.sgd(RATE), False), mesh, parts)
         state, metrics = step(state, rest, prepared, put_batch(batch, task.batch_spec, mesh))
         new = jax.device_get(state.trainable)
         taken = jax.tree.map(lambda a, b: (np.asarray(a) - b) / RATE, trainable, new)
@@ -95,11 +97,12 @@ def alone(update):
     return update(random_batch(config_of()))
 
 
-@pytest.mark.parametrize(("devices", "micro"), [(8, None), (2, 2)])
-def test_devices_and_micro_batches_equal_one_batch(alone, devices, micro):
+@pytest.mark.parametrize(("devices", "micro", "parts"), [(8, None, 8), (2, 2, 1)])
+def test_devices_and_micro_batches_equal_one_batch(alone, monkeypatch, devices, micro, parts):
     """Loss, terms and gradients, and so every click: a picture's luck is its own wherever it lies."""
+    monkeypatch.setattr(sharding, "SMALLEST", 64)
     config = config_of(micro_batch=micro)
-    gradient, metrics = compiled(config, devices)(random_batch(config))
+    gradient, metrics = compiled(config, devices, parts)(random_batch(config))
     want, told = alone
     assert told["loss"] > 1
     for name, value in told.items():

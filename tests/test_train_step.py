@@ -13,9 +13,11 @@ import pytest
 from sam3jax.config import Config, ConfigError, LoraConfig
 from sam3jax.model.layers import Linear
 from sam3jax.tasks.detection import Detection, DetectionData
-from sam3jax.training.mesh import make_mesh, micro_batches, put_batch, put_replicated
+from sam3jax.training import sharding
+from sam3jax.training.mesh import make_mesh, micro_batches, put_batch
 from sam3jax.training.optim import build_optimizer
 from sam3jax.training.rates import multipliers
+from sam3jax.training.sharding import placed
 from sam3jax.training.state import init_state
 from sam3jax.training.step import make_train_step
 from sam3jax.weights.trainable import touches
@@ -31,22 +33,23 @@ DESCENT = optax.sgd(1.0)  # one optimizer for all tests: equal steps are traced 
 
 
 @functools.cache
-def a_step(settings, optimizer, devices):
+def a_step(settings, optimizer, devices, parts):
     config = Config.model_validate_json(settings)
     mesh = make_mesh(jax.devices()[:devices])
     task = Detection(config)
-    step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
+    ema = config.optim.ema
+    step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=ema, parts=parts)
     return mesh, task, step
 
 
-def run_once(config, batch, devices, optimizer=DESCENT, steps=1, micro=1):
+def run_once(config, batch, devices, optimizer=DESCENT, steps=1, micro=1, parts=1):
     """(state, metrics, step) after `steps` steps on that many devices, in that many micro-batches."""
-    mesh, task, step = a_step(config.model_dump_json(), optimizer, devices)
+    mesh, task, step = a_step(config.model_dump_json(), optimizer, devices, parts)
     trainable, frozen = small_split(config)
     data = DetectionData(None, None, (), batch.tokens)
     prepared, rest = task.prepare(trainable, frozen, data)
-    prepared, rest = put_replicated((prepared, rest), mesh)
-    state = put_replicated(init_state(trainable, optimizer, config.optim.ema > 0), mesh)
+    prepared, rest = placed(prepared, mesh), placed(rest, mesh, parts)
+    state = placed(init_state(trainable, optimizer, config.optim.ema > 0), mesh, parts)
     put = put_batch(batch, task.batch_spec, mesh, micro)
     for _ in range(steps):
         state, metrics = step(state, rest, prepared, put)
@@ -82,6 +85,24 @@ def test_eight_devices_equal_one():
     assert_same_update(config, one, run_once(config, batch, 8))
 
 
+def test_weights_split_over_eight_devices_give_the_same_update(monkeypatch):
+    """Adapters and weights, trained or not; each layer is gathered inside the loop over layers."""
+    monkeypatch.setattr(sharding, "SMALLEST", 64)  # nearly all of so small a model
+    config, batch = small_config(**EVERYTHING), some_absent(1)
+    one, eight = run_once(config, batch, 1), run_once(config, batch, 8, parts=8)
+    assert_same_update(config, one, eight)
+    step, state, rest, *others = eight[2]()
+    assert step._cache_size() == 1  # what comes out lies as what went in
+    size = sum(x.nbytes for x in jax.tree.leaves((state, rest)))
+    own = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves((state, rest)))
+    assert own < size / 5  # biases and norms weigh more in a small model
+    text = step.lower(state, rest, *others).compile().as_text()
+    loops = _reachable_from_loops(text).values()
+    # Two blocks of a stage, four kernels each with the two matrices of their adapters.
+    assert sum(len(re.findall(r" all-gather\(", body)) for body in loops) >= 2 * 4 * 3
+    assert "reduce-scatter" in text
+
+
 def assert_same_update(config, one, other):
     """Loss, every term and the gradient of every tensor, relative to a thousandth of the whole at least."""
     assert one[1]["loss"] > 1
@@ -96,11 +117,12 @@ def assert_same_update(config, one, other):
 
 
 @pytest.mark.parametrize(("devices", "micro"), [(1, 8), (2, 2)])
-def test_micro_batches_add_up_to_the_batch(devices, micro):
-    """One after the other, on one device or on several: the gradient of the batch, not of the means."""
+def test_micro_batches_add_up_to_the_batch(monkeypatch, devices, micro):
+    """One after the other, on one device or on several that share the weights: the gradient of the batch, not of the means."""
+    monkeypatch.setattr(sharding, "SMALLEST", 64)
     config, batch = small_config(**ALL_SUMS), some_absent(7)
     whole = run_once(config, batch, 1)
-    assert_same_update(config, whole, run_once(config, batch, devices, micro=micro))
+    assert_same_update(config, whole, run_once(config, batch, devices, micro=micro, parts=devices))
 
 
 def test_a_mean_of_micro_batches_would_be_another_gradient():

@@ -32,15 +32,15 @@ def step_for_equal_settings() -> Callable[..., Any]:
     """`make_train_step`, but trainings that differ in nothing the step reads share one compiled step."""
     made: dict[Any, Any] = {}
 
-    def once(task, optimizer, mesh, *, seed, ema=0.0):
+    def once(task, optimizer, mesh, *, seed, ema=0.0, parts=1):
         # The schedule alone reads the number of steps; what `data` changes, shapes tell.
         optim = task.config.optim
         ends = optim.schedule != "constant" or optim.cooldown_steps
         unread = {name for name in MAY_CHANGE if "." not in name and not (ends and name == "steps")}
         settings = task.config.model_dump_json(exclude={"data", *unread})
-        key = type(task), settings, mesh, seed, ema
+        key = type(task), settings, mesh, seed, ema, parts
         if key not in made:
-            made[key] = make_train_step(task, optimizer, mesh, seed=seed, ema=ema)
+            made[key] = make_train_step(task, optimizer, mesh, seed=seed, ema=ema, parts=parts)
         return made[key]
 
     return once

@@ -78,6 +78,11 @@ class Config(Section):
         default="lora",
         description="lora trains the adapters and what `trainable` names; all trains every parameter.",
     )
+    base_dtype: Literal["float", "int8"] = Field(
+        default="float",
+        description="Number format of the kernels that are not trained. float: that of the computation. int8: eight bits "
+        "and a scale for each output channel; less memory, and weights rounded to 255 steps.",
+    )
     trainable: tuple[Text, ...] = Field(
         default=(),
         strict=False,
@@ -119,6 +124,11 @@ class Config(Section):
         description="Pictures that a device holds at once; the gradients of several micro-batches are added up. "
         "null: batch_size divided by the number of devices. auto: as many as fit, found by compiling a few steps (minutes "
         "at full size), and kept by the run; on a CPU as null.",
+    )
+    shard: bool = Field(
+        default=False,
+        description="Split weights and optimizer over all devices; each layer is gathered while it runs. Less memory, "
+        "more traffic between devices, the same result.",
     )
     seed: int = Field(
         default=0, ge=0, le=SEEDS, description="Seed of weights, shuffling and augmentation."
@@ -208,6 +218,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.base_dtype == "int8" and self.train == "all":
+            raise ValueError(
+                "base_dtype int8 is for weights that are not trained, and train=all trains every one: use train=lora, or "
+                "leave base_dtype out"
+            )
         if self.loss.weak_loss and self.micro_batch is not None:
             raise ValueError(
                 "loss.weak_loss divides by the queries that were matched in the whole batch, which a micro-batch "

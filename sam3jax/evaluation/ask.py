@@ -172,7 +172,7 @@ def evaluate_run(
     loader = make_eval_loader(
         dataset, phrases, tokens, config, targets=False, batch_size=size, **process
     )
-    variables = run.base_variables if base else run.variables
+    variables = run.asked(base)
     with progress(f"{'base' if base else 'tuned'} on {dataset.name}", len(loader)) as advance:
         return evaluate_dataset(
             detector, variables, loader, dataset, config.evaluation, advance=advance

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 from sam3jax.config import ModelConfig
 from sam3jax.model.attention import MultiHeadAttention, remat
 from sam3jax.model.layers import Linear, layer_norm
-from sam3jax.model.vit import SPLIT, STACKED
+from sam3jax.model.vit import stack
 
 
 class EncoderLayer(nn.Module):
@@ -64,14 +62,8 @@ def encoder_layers(
     config: ModelConfig, length: int, train: bool, backend: str | None, name: str
 ) -> nn.Module:
     """`length` stacked, scanned, rematerialised EncoderLayers."""
-    scan = nn.scan(
-        remat(EncoderLayer, config.remat, prevent_cse=False),
-        STACKED,
-        split_rngs=SPLIT,
-        in_axes=cast(Any, (nn.broadcast,) * 5),
-        length=length,
-    )
-    return scan(config, train, backend, name=name)
+    block = remat(EncoderLayer, config.remat, prevent_cse=False)
+    return stack(block, length, (nn.broadcast,) * 5)(config, train, backend, name=name)
 
 
 class FusionEncoder(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 TORCH_EPS = 1e-5  # torch's LayerNorm and GroupNorm; Linen's own default is 1e-6
 
@@ -74,7 +75,7 @@ class Linear(nn.Module):
         return y
 
     def _adapter(self, x: jax.Array) -> jax.Array:
-        a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+        a, b = (meta.unbox(self.get_variable("lora", name)) for name in ("a", "b"))
         if self.train and self.has_variable("lora_scale", "dropout"):
             # In float32: bfloat16 holds probabilities to 8 bits only, and 1 - .003 as 1.
             keep = 1.0 - self.get_variable("lora_scale", "dropout").astype(jnp.float32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from sam3jax.config import ModelConfig
 from sam3jax.model.attention import MultiHeadAttention, remat
 from sam3jax.model.layers import Linear, gelu, layer_norm
-from sam3jax.model.vit import SPLIT, STACKED
+from sam3jax.model.vit import stack
 from sam3jax.types import TextFeatures
 
 
@@ -51,13 +51,8 @@ class TextEncoder(nn.Module):
         table = self.param("token_embedding", normal(0.02), (c.vocab_size, c.text_dim))
         places = self.param("positional_embedding", normal(0.01), (c.text_length, c.text_dim))
         x = (table[tokens] + places[: tokens.shape[1]]).astype(dtype)
-        scan = nn.scan(
-            remat(TextBlock, c.remat, prevent_cse=False),
-            STACKED,
-            split_rngs=SPLIT,
-            length=c.text_layers,
-        )
-        x, _ = scan(c, self.train, self.backend, name="resblocks")(x)
+        blocks = stack(remat(TextBlock, c.remat, prevent_cse=False), c.text_layers)
+        x, _ = blocks(c, self.train, self.backend, name="resblocks")(x)
         x = layer_norm(dtype, name="ln_final")(x)
         x = Linear(c.dim, dtype=dtype, train=self.train, name="resizer")(x)
         return TextFeatures(features=x, valid=tokens != 0)

@@ -19,7 +19,19 @@ from sam3jax.model.layers import Linear, drop_path, gelu, layer_norm
 from sam3jax.model.positions import apply_rope, rope_table
 
 STACKED: dict[Any, Any] = {"params": 0, "lora": 0, "lora_scale": 0, "intermediates": 0}
-SPLIT: dict[Any, Any] = {"params": True, "dropout": True}
+
+
+def stack(block: Any, length: int, in_axes: Any = 0) -> Any:
+    """`length` blocks one after the other, in one loop over parameters that lie in one array."""
+    return nn.scan(
+        block,
+        STACKED,
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+        # It would trace the block once more, with types that forget what varies over devices.
+        check_constancy_invariants=False,
+    )
 
 
 class RopeAttention(nn.Module):
@@ -99,12 +111,9 @@ class Stage(nn.Module):
         c = self.config
         block = remat(Block, c.remat, prevent_cse=False)
         if c.vit_stage_blocks > 1:
-            scan = nn.scan(
-                block, STACKED, split_rngs=SPLIT, in_axes=0, length=c.vit_stage_blocks - 1
-            )
-            x, _ = scan(c, c.window_size, self.train, self.backend, name="windows")(
-                x, drop_rates[:-1]
-            )
+            windows = stack(block, c.vit_stage_blocks - 1)
+            windows = windows(c, c.window_size, self.train, self.backend, name="windows")
+            x, _ = windows(x, drop_rates[:-1])
         return block(c, 0, self.train, self.backend, name="last")(x, drop_rates[-1])
 
 
@@ -137,8 +146,8 @@ class ViT(nn.Module):
 
         depth = c.vit_stages * c.vit_stage_blocks
         rates = jnp.linspace(0.0, c.drop_path, depth).reshape(c.vit_stages, c.vit_stage_blocks)
-        scan = nn.scan(Stage, STACKED, split_rngs=SPLIT, in_axes=0, length=c.vit_stages)
-        x, _ = scan(c, self.train, self.backend, name="stages")(x, rates)
+        stages = stack(Stage, c.vit_stages)(c, self.train, self.backend, name="stages")
+        x, _ = stages(x, rates)
         return x
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from sam3jax.tasks import Task
 from sam3jax.training.mesh import micro_spec, take_micro_batch
+from sam3jax.training.sharding import whole
 from sam3jax.types import AXIS
 from sam3jax.weights.trainable import merge
 from sam3jax.weights.tree import Tree
@@ -24,6 +25,7 @@ def first_nan(
 
     batch: as the step takes it. Every process of a run calls this with the same weights.
     """
+    trainable, frozen = whole((trainable, frozen))
     for what, tree in (("weights", merge(trainable, frozen)), ("batch", batch)):
         if name := _first(_not_finite(tree)):
             return f"the first NaN or infinity is in the {what}: {name}"

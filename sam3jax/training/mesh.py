@@ -37,17 +37,24 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
     All leaves get one kind of sharding, that of the step's outputs, even on one device: else the
     second step would be another program.
     """
-    sharding = NamedSharding(mesh, P())
+    return put(tree, jax.tree.map(lambda x: NamedSharding(mesh, P()), tree))
 
-    def put(x: Any) -> jax.Array:
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Every leaf where its sharding says, on all hosts; what lies there already stays."""
+
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
         there = x.sharding if isinstance(x, jax.Array) else None
         if isinstance(there, NamedSharding) and there.is_equivalent_to(sharding, x.ndim):
             return x
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        if there is not None and not x.is_fully_addressable:  # the devices send it each other
+            return jax.jit(lambda x: x, out_shardings=sharding)(x)
+        local = np.asarray(x)
+        return jax.make_array_from_callback(local.shape, sharding, lambda index: local[index])
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(one, tree, shardings)
 
 
 def micro_batches(config: Config, mesh: Mesh) -> int:

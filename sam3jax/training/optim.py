@@ -10,6 +10,7 @@ import optax
 
 from sam3jax.config import Config, OptimConfig
 from sam3jax.training.rates import decayed
+from sam3jax.training.sharding import norm, specs
 from sam3jax.weights.tree import Tree
 
 
@@ -52,22 +53,35 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def build_optimizer(config: Config, trainable: Tree, rates: Tree) -> optax.GradientTransformation:
+def build_optimizer(
+    config: Config, trainable: Tree, rates: Tree, parts: int = 1
+) -> optax.GradientTransformation:
     """Clip, Adam, decoupled weight decay, schedule times `rates` (rates.multipliers).
 
-    Slots with rate 0 do not enter the gradient norm and never move.
+    Slots with rate 0 do not enter the gradient norm and never move. parts: into how many the weights are split.
     """
     o = config.optim
     schedule = learning_rate(o, config.steps)
     return optax.chain(
         _times(jax.tree.map(lambda r: (r > 0).astype(r.dtype), rates)),
-        optax.clip_by_global_norm(o.clip_norm),
+        _clip(o.clip_norm, specs(trainable, parts)),
         optax.scale_by_adam(o.beta1, o.beta2),
         optax.add_decayed_weights(o.weight_decay, decayed(trainable)),
         _times(rates),
         # Counted from 1: with a warm-up the first update would otherwise be lost.
         optax.scale_by_schedule(lambda n: -jnp.asarray(schedule(n + 1))),
     )
+
+
+def _clip(most: float, places: Any) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm of updates whose parts lie on several devices."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        length = norm(updates, places)
+        keep = lambda u: jnp.where(length < most, u, u / length.astype(u.dtype) * most)
+        return jax.tree.map(keep, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _times(factors: Tree) -> optax.GradientTransformation:

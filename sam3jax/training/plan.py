@@ -24,13 +24,15 @@ from sam3jax.tasks import TASKS
 from sam3jax.training.mesh import backend_of, micro_batches
 from sam3jax.training.optim import build_optimizer
 from sam3jax.training.rates import count, multipliers
+from sam3jax.training.sharding import parts_of, specs
 from sam3jax.training.state import init_state
 from sam3jax.training.step import make_train_step
 from sam3jax.training.targets import compiler_options
 from sam3jax.types import AXIS
 from sam3jax.weights.base import open_base
+from sam3jax.weights.frozen import compact
 from sam3jax.weights.scope import scope_of
-from sam3jax.weights.trainable import compact, start
+from sam3jax.weights.trainable import start
 
 # Of a card's memory: the rest goes to the driver, the allocator and what lies between two buffers.
 USABLE = 0.92
@@ -73,14 +75,17 @@ def needs(config: Config, devices: Sequence[Any]) -> Needs:
 
     trainable, frozen = start(parameter_shapes(config.model, scope_of(config).parts), config)
     rates = multipliers(trainable, frozen, config)
-    optimizer = build_optimizer(config, trainable, rates)
+    parts = parts_of(mesh, config.shard)
+    optimizer = build_optimizer(config, trainable, rates, parts)
     state = jax.eval_shape(lambda t: init_state(t, optimizer, config.optim.ema > 0), trainable)
-    frozen = jax.eval_shape(lambda f: compact(f, config.model, backend), frozen)
+    frozen = jax.eval_shape(lambda f: compact(f, config, backend), frozen)
     prepared, frozen = jax.eval_shape(lambda t, f: task.prepare(t, f, data), trainable, frozen)
-    step = make_train_step(task, optimizer, mesh, seed=config.seed, ema=config.optim.ema)
-    everywhere = lambda tree: _placed(tree, NamedSharding(mesh, P()))
+    step = make_train_step(
+        task, optimizer, mesh, seed=config.seed, ema=config.optim.ema, parts=parts
+    )
     traced = step.trace(
-        everywhere(state), everywhere(frozen), everywhere(prepared), _batch_shapes(batch, task.batch_spec, mesh, micro)
+        _placed(state, mesh, parts), _placed(frozen, mesh, parts), _placed(prepared, mesh, 1),
+        _batch_shapes(batch, task.batch_spec, mesh, micro),
     )  # fmt: skip
     begun = time.monotonic()
     compiled = traced.lower().compile(compiler_options(devices[0]))
@@ -102,8 +107,9 @@ def _sizes(config: Config) -> tuple[Config, Tokenizer]:
     return config, Tokenizer(build_byte_tokenizer(600), config.model.text_length)
 
 
-def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def _placed(tree: Any, mesh: Mesh, parts: int) -> Any:
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+    return jax.tree.map(place, tree, specs(tree, parts))
 
 
 def _batch_shapes(batch: Any, spec: Any, mesh: Mesh, micro: int) -> Any:

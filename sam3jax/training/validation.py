@@ -13,6 +13,7 @@ from sam3jax.config import Config, ConfigError
 from sam3jax.tasks import Validated
 from sam3jax.training.length import Patience
 from sam3jax.training.log import Hook, RunLog, nothing
+from sam3jax.training.sharding import whole
 from sam3jax.training.state import TrainState
 from sam3jax.viewing.meanings import less_is_better
 from sam3jax.weights.checkpoints import Checkpoints
@@ -24,6 +25,8 @@ _WORST = -1e30  # the score of a metric that is not finite
 
 class Validation:
     """Validates the run's weights where they lie, and puts what it finds into their checkpoint.
+
+    Weights that are split over devices are gathered for the time of a validation.
 
     ask(variables, prepared): what `task.validation` returned. best_by: the task's own metrics to judge by.
     """
@@ -48,7 +51,7 @@ class Validation:
     def base(self, trainable: Tree, frozen: Tree, prepared: Any) -> dict[str, float]:
         """Metrics of the model that the run starts from, `trainable` as before the first step. Raises ConfigError for an unknown best_metric."""
         with self._log.busy("validating the model that the run starts from"):
-            self._before = self._ask(merge(trainable, frozen), prepared)
+            self._before = self._ask(whole(merge(trainable, frozen)), prepared)
         self._log.base(self._before.metrics)
         self._judged(self._before.metrics)
         return self._before.metrics
@@ -57,7 +60,7 @@ class Validation:
         """Validate the checkpoint of this step, which is being saved or was saved."""
         weights = state.trainable if state.ema is None else state.ema
         with self._log.busy("validating"):
-            found = self._ask(merge(weights, frozen), prepared)
+            found = self._ask(whole(merge(weights, frozen)), prepared)
         self._log.valid(step, found.metrics)
         for name, panel in found.panels():
             self._log.picture(step, name, panel, self._run / "predictions" / f"{step:07d}")

@@ -60,7 +60,7 @@ class ClickPredictor:
         A run of another task has no heads of its own: those of the model below it are taken.
         """
         run = read_run(path)
-        variables = dict(run.base_variables if base else run.variables)
+        variables = dict(run.asked(base))
         if "mask_decoder" not in variables["params"]:
             below = open_base(run.config.model_copy(update={"task": "clicks"})).load().params
             variables["params"] = {**below, **variables["params"]}

@@ -82,11 +82,16 @@ class Predictor:
     ) -> Predictor:
         """From a run folder, with its chosen thresholds; base: the model that the run started from."""
         run = read_run(path)
-        variables = run.base_variables if base else run.variables
         thresholds = {} if base else run.thresholds
         reading = reading_of(run.config.data)
         return cls(
-            run.model, variables, run.tokenizer, run.config.evaluation, thresholds, mesh, reading
+            run.model,
+            run.asked(base),
+            run.tokenizer,
+            run.config.evaluation,
+            thresholds,
+            mesh,
+            reading,
         )
 
     @classmethod

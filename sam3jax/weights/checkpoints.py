@@ -166,8 +166,8 @@ class Checkpoints:
         if step in self.steps():
             return
         self.prune()
+        sums = {SUMS: {"weights": of_arrays(weights), "state": of_arrays(state)}}
         if jax.process_index() == 0:  # the one that writes JSON
-            sums = {SUMS: {"weights": of_arrays(weights), "state": of_arrays(state)}}
             about = sealed({**about, **sums})
         items = dict(
             weights=ocp.args.StandardSave(weights),

@@ -22,6 +22,7 @@ from sam3jax.files import make_folder, write_text
 from sam3jax.model import Sam3
 from sam3jax.weights.base import Base, open_base, same_base
 from sam3jax.weights.checkpoints import Checkpoints, newest_about, refuse_old
+from sam3jax.weights.frozen import in_eight_bits
 from sam3jax.weights.lock import LOCK, RunLock, held
 from sam3jax.weights.trainable import merge, start
 from sam3jax.weights.tree import Tree, dotted
@@ -32,7 +33,7 @@ CONFIG = "config.yaml"
 MAY_CHANGE = {
     "steps", "epochs", "patience", "min_improvement", "trackers", "eval_every", "save_every", "save_minutes", "log_every", "keep", "max_skipped", "evaluation", "output",
     "draw_batches", "resume", "id", "init", "data.train", "data.valid", "data.workers", "data.max_megapixels",
-    "data.allow_outside",
+    "data.allow_outside", "shard",
 }  # fmt: skip
 
 
@@ -69,6 +70,13 @@ class Run:
     trained: Tree
     base_fingerprint: str
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def asked(self, base: bool = False) -> Tree:
+        """The tuned (or base) variables as the run computes with them; exports take those above."""
+        variables = self.base_variables if base else self.variables
+        if self.config.base_dtype == "float":
+            return variables
+        return {**variables, "params": in_eight_bits(variables["params"], self.config)}
 
 
 def open_run_base(path: str | Path) -> Base:

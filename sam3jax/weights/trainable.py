@@ -9,21 +9,13 @@ any of its layers is trained; `training.rates` keeps the others where they are.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
-from sam3jax.config import Config, ConfigError, ModelConfig
+from sam3jax.config import Config, ConfigError
 from sam3jax.weights.lora import adapted_layers, init_lora, select
 from sam3jax.weights.names import Entry
 from sam3jax.weights.scope import live_entries, scope_of
 from sam3jax.weights.tree import Tree, leaf, overlay, put
-
-# Layers that compute in float32 whatever the rest does.
-_IN_FLOAT32 = {
-    "scoring", "bbox_embed", "presence_token_head",
-    "output_hypernetworks_mlps", "iou_prediction_head", "pred_obj_score_head",
-}  # fmt: skip
 
 
 def start(params: Tree, config: Config) -> tuple[Tree, Tree]:
@@ -79,26 +71,6 @@ def merge(trainable: Tree, frozen: Tree) -> Tree:
     params = overlay(trainable.get("params", {}), frozen["params"])
     adapters = {"lora": trainable["lora"]} if "lora" in trainable else {}
     return {**frozen, "params": params, **adapters}
-
-
-def compact(frozen: Tree, config: ModelConfig, backend: str) -> Tree:
-    """Frozen kernels in the compute dtype: the values each layer would cast them to, half the bytes.
-
-    backend: the platform of the devices that they go to.
-
-    Not on a CPU: XLA widens a whole stack of bfloat16 again before it takes a layer of it, and keeps
-    both (measured at full size: 6.0 GB of arguments and temporaries, 5.2 GB as they are).
-    """
-    if backend == "cpu":
-        return frozen
-    dtype = config.compute_dtype
-
-    def cast(path: tuple[Any, ...], x: Any) -> Any:
-        exact = _IN_FLOAT32 & {k.key for k in path}
-        as_is = exact or path[-1].key != "kernel" or x.dtype == dtype
-        return x if as_is else x.astype(dtype)
-
-    return jax.tree.map_with_path(cast, frozen)
 
 
 def without_text_tower(frozen: Tree) -> Tree:
