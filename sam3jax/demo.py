@@ -39,6 +39,7 @@ from sam3jax.options import CLIPS_DEMO, DEMO, parse
 from sam3jax.train import train
 from sam3jax.training.mesh import local_mesh
 from sam3jax.viewing import draw
+from sam3jax.viewing.shown import Shown
 from sam3jax.weights.run_folder import Run, read_run
 
 NEW, OLD = "new", "seen"  # groups of concepts, sam3jax.data.shapes; OLD is what the base was taught
@@ -99,8 +100,9 @@ def _draw(run: Run, data: Dataset, found: dict[str, Evaluation]) -> Any:
         parts = [("truth", draw.true_instances(record, data.categories))]
         for name, evaluation in found.items():
             here = [p for p in evaluation.predictions if p["image_id"] == record.id]
-            threshold = run.config.evaluation.threshold
-            parts.append((name, draw.found_instances(here, data.categories, threshold)))
+            chosen = run.thresholds if name == "tuned" else None
+            shown = Shown.by(run.config.evaluation, chosen)
+            parts.append((name, draw.found_instances(here, data.categories, shown)))
         rows.append(draw.panels(record.open(), parts, height=300))
     return draw.column(rows)
 

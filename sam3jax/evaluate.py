@@ -43,6 +43,7 @@ from sam3jax.inference.detector import Detector
 from sam3jax.options import parse
 from sam3jax.training.mesh import local_mesh
 from sam3jax.video.predictor import VideoPredictor
+from sam3jax.viewing.shown import Shown
 from sam3jax.weights.base import is_run_folder
 from sam3jax.weights.run_folder import Run, read_run
 
@@ -101,9 +102,9 @@ def evaluate_command(
         "run": str(run.path),
         "step": run.step,
         "weights": "base" if options.base else "tuned",
-        "threshold": config.threshold,
     }
-    report = write_evaluation(output, dataset, found, before, about=about)
+    shown = Shown.by(config, None if options.base else run.thresholds)
+    report = write_evaluation(output, dataset, found, before, about=about, shown=shown)
     if probe is not None:
         before, after = (summary(ask(probe, base=base), probe) for base in (True, False))
         report["probe"] = {**after, "base": before, "compare": compare(before, after)}

@@ -93,6 +93,11 @@ def _predict(parser: Parser) -> None:
         "--threshold", type=_score, metavar="SCORE", help="score; default: the run's, per phrase"
     )
     parser.add_argument(
+        "--nms", type=_score, metavar="IOU",
+        help="of two finds of a phrase whose masks overlap by more, the weaker is left out; 1 keeps all; default: "
+        "the run's evaluation.shown_nms, 0.5",
+    )  # fmt: skip
+    parser.add_argument(
         "--tile",
         action="store_true",
         help="large pictures in overlapping parts of the model's size, instead of squashed to it",

@@ -109,6 +109,8 @@ def _run(options: argparse.Namespace) -> int:
         else Predictor.from_run(options.run, base=options.base, mesh=local_mesh())
     )
     predictor.reading = replace(predictor.reading, megapixels=options.max_megapixels)
+    if options.nms is not None:
+        predictor.config = predictor.config.model_copy(update={"shown_nms": options.nms})
     for phrase in options.phrase or [VISUAL]:
         predictor.check_phrase(phrase)
     output = make_folder(options.output)
@@ -167,7 +169,7 @@ def predict_files(
     clear_stale(output, names.values(), files)
     ask = dict(boxes=options.box, negative_boxes=options.negative_box, threshold=options.threshold)
     tile = predictor.size if options.tile else None
-    squashed, failed = Squashed(predictor.size), 0
+    squashed, failed, duplicates = Squashed(predictor.size), 0, 0
     written = [*names.values(), *(WRITTEN[kind] for kind in options.format)]
     with Record(output, written, [p or VISUAL for p in phrases]) as record:
         for group in _groups(_read_ahead(files, predictor.reading), predictor.at_once):
@@ -186,6 +188,7 @@ def predict_files(
                     {"id": number, "file_name": str(file), "width": width, "height": height}
                 )
                 for category, detections in enumerate(found.values(), start=1):
+                    duplicates += detections.duplicates
                     for result in detections.to_coco(number, category):
                         area = float(coco_mask.area(result["segmentation"]))
                         record.annotation({**result, "iscrowd": 0, "area": area})
@@ -194,6 +197,11 @@ def predict_files(
                 counts = ", ".join(f"{len(d)} {phrase}" for phrase, d in found.items())
                 print(f"[{number}/{len(files)}] {plain(file)}: {counts}")
     squashed.say()
+    if duplicates:
+        overlap = predictor.config.shown_nms
+        print(
+            f"{duplicates:,} weaker finds on things found already are left out (masks overlap by more than {overlap:g}; --nms 1 keeps them)"
+        )
     return failed
 
 

@@ -12,6 +12,7 @@ from sam3jax.config import Config, dump_config
 from sam3jax.data.coco import Dataset, decode_mask
 from sam3jax.evaluation.comparison import write_evaluation
 from sam3jax.evaluation.metrics import measure
+from sam3jax.viewing.shown import Shown
 
 
 def guesses(dataset: Dataset, seed: int, noise: float, miss: float) -> list[dict]:
@@ -59,5 +60,5 @@ def write_run(folder: Path, data: Path, dataset: Dataset) -> None:
     summary = {"steps": 2000, "trained": 1_234_567, "step_seconds": 0.231, "peak_memory_gib": 3.4}
     (folder / "summary.json").write_text(json.dumps(summary))
     base, tuned = (measure(dataset, guesses(dataset, 1, *n)) for n in ((25, 0.5), (4, 0.08)))
-    about = {"run": folder.name, "step": 2000, "weights": "tuned", "threshold": 0.5}
-    write_evaluation(folder, dataset, tuned, base, about=about)
+    about = {"run": folder.name, "step": 2000, "weights": "tuned"}
+    write_evaluation(folder, dataset, tuned, base, about=about, shown=Shown(nms=0.5))

@@ -13,6 +13,7 @@ from sam3jax.data.coco import Annotation, ImageRecord
 from sam3jax.viewing import draw
 from sam3jax.viewing.charts import curves
 from sam3jax.viewing.draw import Instance
+from sam3jax.viewing.shown import Shown
 
 
 def disk(height: int = 480, width: int = 640, at=(300, 200), radius: int = 60) -> Instance:
@@ -139,8 +140,13 @@ def test_a_panel_shows_picture_truth_and_prediction_without_crowds():
         {"category_id": 1, "bbox": [1, 2, 3, 4], "score": score, "image_id": 5}
         for score in (0.2, 0.6, 0.9)
     ]
-    found = draw.found_instances(results, {1: "thing"}, 0.5)
+    found = draw.found_instances(results, {1: "thing"}, Shown(0.5))
     assert [i.text for i in found] == ["thing 0.90", "thing 0.60"]
+    # On the same thing: once. And from another score on, where the phrase has its own.
+    found = draw.found_instances(results, {1: "thing"}, Shown(0.5, nms=0.5))
+    assert [i.text for i in found] == ["thing 0.90"]
+    found = draw.found_instances(results, {1: "thing"}, Shown(0.5, {"thing": 0.1, "other": 1.0}))
+    assert len(found) == 3
     sheet = draw.panel(np.zeros((80, 100, 3), np.uint8), truth, found, title="x.png", height=200)
     assert sheet.height == 200 + 48
     assert sheet.width == 3 * 250 + 12

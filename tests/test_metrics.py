@@ -222,7 +222,9 @@ def test_concept_metrics_equal_the_torch_package(seed, kind, tmp_path):
         expected = evaluator.evaluate(str(tmp_path / "guesses.json"))
     prepared = metrics.Truth(dataset)
     cuts = dict.fromkeys(prepared.categories, 0.5)
-    found = metrics.concept_metrics(metrics.match_pairs(prepared, results, kind, cuts))
+    found = metrics.concept_metrics(
+        metrics.tally(metrics.match_pairs(prepared, results, kind, cuts))
+    )
     for ours, theirs in (("cgF1", "cgF1"), ("pmF1", "positive_micro_F1"), ("IL_MCC", "IL_MCC")):
         assert found[ours] == pytest.approx(expected[f"cgF1_eval_{kind}_{theirs}"], abs=1e-6)
     assert 0 < found["IL_MCC"] < 1

@@ -105,7 +105,13 @@ def test_numbers_are_those_of_the_evaluation(run):
     ap, base = found["metrics"]["segm/AP"], found["base"]["metrics"]["segm/AP"]
     assert ap > base
     row = re.search(r"<tr><td>segm/AP</td>(.*?)</tr>", html)[1]
-    assert re.findall(r">([+-]?[\d.]+)<", row) == [f"{base:.3f}", f"{ap:.3f}", f"{ap - base:+.3f}"]
+    values = re.findall(r">([+-]?\d*\.\d+)\b(?! to)", row)
+    assert values == [f"{base:.3f}", f"{ap:.3f}", f"{ap - base:+.3f}"]
+    # How far each could be off, had other pictures been drawn.
+    ranges = found["uncertainty"]["segm/AP"], found["compare"]["uncertainty"]["segm/AP"]
+    drawn = re.findall(r"([+-]?[\d.]+) to ([+-]?[\d.]+)</small>", row)
+    assert drawn == [tuple(f"{v:.3f}" for v in ranges[0]), tuple(f"{v:+.3f}" for v in ranges[1])]
+    assert ranges[0][0] < ap < ranges[0][1]
 
 
 def test_curves_survive_repeats_gaps_and_a_line_cut_off(tmp_path):

@@ -113,6 +113,13 @@ class EvalConfig(Section):
         le=1,
         description="IoU of masks above which the weaker of two detections is dropped. null: drop none.",
     )
+    shown_nms: float | None = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="IoU of masks above which the weaker of two finds of a phrase is not shown, in predict, panels and "
+        "reports. Metrics look at all. null: show all.",
+    )
     interactive_steps: int = Field(
         default=0,
         ge=0,

@@ -14,14 +14,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sam3jax.evaluation.ground_truth import IouType, Results, Truth, result_region
+from sam3jax.evaluation.uncertainty import Judged, judged
 
 _AREAS = ("", "_small", "_medium", "_large")  # pycocotools' area ranges: 32 and 96 pixels squared
 
 
 def coco_metrics(
     truth: Truth, predictions: Results, kind: IouType
-) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
-    """pycocotools' AP and AR: of all categories, and of each.
+) -> tuple[dict[str, float], dict[int, dict[str, float]], list[Judged]]:
+    """pycocotools' AP and AR: of all categories, and of each; and each category's matches.
 
     AP, AP50, AP75, AR, each also _small, _medium, _large (but AP50 and AP75). Against pycocotools'
     traps: annotations are numbered from 1 (0 reads as "no match"), as many detections count as there
@@ -56,7 +57,7 @@ def coco_metrics(
         category: _summary(precision[:, :, [k]], recall[:, [k]])
         for k, category in enumerate(truth.categories)
     }
-    return _summary(precision, recall), by_category
+    return _summary(precision, recall), by_category, judged(evaluator)
 
 
 def _summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from sam3jax.checksums import record_files
 from sam3jax.data.coco import Dataset
 from sam3jax.evaluation.diagnosis import diagnose
 from sam3jax.evaluation.metrics import Evaluation
+from sam3jax.evaluation.uncertainty import changes, intervals
 from sam3jax.files import write_json
 from sam3jax.viewing import draw
+from sam3jax.viewing.shown import Shown
 
 _SHOWN = 8  # pictures of a comparison
 
@@ -23,24 +26,31 @@ def write_evaluation(
     base: Evaluation | None = None,
     *,
     about: Mapping[str, Any],
+    shown: Shown,
 ) -> dict[str, Any]:
     """Write evaluation.json, predictions and, with `base`, the comparison; returns the first.
 
-    about: what goes on top of evaluation.json: run, step, weights, threshold (for drawing).
+    about: what goes on top of evaluation.json: run, step, weights. shown: which finds of the model `predict`
+    would show; the base, which has no thresholds of its own, is drawn at the common one.
     """
-    report = {**about, **summary(tuned, dataset)}
+    report = {**about, "shown": asdict(shown), **summary(tuned, dataset)}
+    drawn = tuned.resample()
+    report["uncertainty"] = intervals(drawn)
     if tuned.truth is not None:
         known = tuned.truth, dataset.categories, tuned.predictions
-        report["diagnosis"] = diagnose(*known, tuned.thresholds)
+        report["diagnosis"] = diagnose(
+            *known,
+            {n: shown.thresholds.get(n, shown.threshold) for n in dataset.categories.values()},
+        )
     write_json(output / "predictions.json", with_source_ids(tuned.predictions, dataset))
     if base is not None:
         report["base"] = summary(base, dataset)
         report["compare"] = compare(report["base"], report)
+        report["compare"]["uncertainty"] = changes(base.resample(), drawn)
         write_json(output / "base_predictions.json", with_source_ids(base.predictions, dataset))
         chosen = report["compare"]["pictures"]
         draw_comparison(
-            dataset, chosen, base.predictions, tuned.predictions, about["threshold"],
-            output / "comparison",
+            dataset, chosen, base.predictions, tuned.predictions, shown, output / "comparison"
         )  # fmt: skip
     write_json(output / "evaluation.json", report)
     written = ("evaluation.json", "predictions.json", "base_predictions.json")
@@ -107,7 +117,7 @@ def draw_comparison(
     chosen: Sequence[Mapping[str, Any]],
     base: Sequence[Mapping[str, Any]],
     tuned: Sequence[Mapping[str, Any]],
-    threshold: float,
+    shown: Shown,
     folder: Path,
 ) -> None:
     """truth | base | tuned, of the pictures in `chosen`, as PNG; those of an earlier comparison go."""
@@ -119,12 +129,12 @@ def draw_comparison(
         record = records[picture["id"]]
         image = record.open()
         parts = [("truth", draw.true_instances(record, dataset.categories))]
-        for name, results, score in (
-            ("base", base, picture["base"]),
-            ("tuned", tuned, picture["F1"]),
+        for name, results, score, seen in (
+            ("base", base, picture["base"], replace(shown, thresholds={})),
+            ("tuned", tuned, picture["F1"], shown),
         ):
             here = [r for r in results if r["image_id"] == record.id]
-            found = draw.found_instances(here, dataset.categories, threshold)
+            found = draw.found_instances(here, dataset.categories, seen)
             parts.append((f"{name}: F1 {score:.2f}", found))
         sheet = draw.panels(image, parts, title=record.file.name)
         sheet.save(folder / f"{number:02}_{record.file.stem[:60]}.png")

@@ -67,37 +67,43 @@ def match_pairs(
     return found
 
 
-def concept_metrics(found: Sequence[Found]) -> dict[str, float]:
-    """SA-Co's metrics, with the small constants of the published evaluator.
-
-    pmF1: micro F1 over the pairs whose concept is there, averaged over IoU .5 to .95. IL_MCC:
-    Matthews correlation of "is it there". cgF1 = pmF1 * IL_MCC. precision and recall are at IoU .5.
-    cgF1 and IL_MCC are undefined without a pair of either sort.
-    """
-    if not found:
-        return {}
+def tally(found: Sequence[Found]) -> np.ndarray:
+    """A vector of counts: what `concept_metrics` and false alarms follow from; tallies of pictures add up."""
     nothing = np.zeros(len(IOUS), int)
     tp, fp, fn = (sum((getattr(f, name) for f in found), nothing) for name in ("tp", "fp", "fn"))
     fp_positive = sum((f.fp for f in found if f.truths), nothing)
+    there = [
+        sum((f.truths > 0) == truth and (f.found > 0) == said for f in found)
+        for truth, said in ((True, True), (False, True), (False, False), (True, False))
+    ]
+    return np.concatenate([tp, fp, fn, fp_positive, there]).astype(float)
+
+
+def concept_metrics(counts: np.ndarray) -> dict[str, Any]:
+    """SA-Co's metrics from a `tally` [n] or several [..., n], with the small constants of the published evaluator.
+
+    pmF1: micro F1 over the pairs whose concept is there, averaged over IoU .5 to .95. IL_MCC:
+    Matthews correlation of "is it there". cgF1 = pmF1 * IL_MCC. precision and recall are at IoU .5.
+    cgF1 and IL_MCC are undefined (nan) without a pair of either sort.
+    """
+    edges = np.arange(1, 5) * len(IOUS)
+    tp, fp, fn, fp_positive, there = np.split(counts, edges, axis=-1)
+    yes_yes, no_yes, no_no, yes_no = np.moveaxis(there, -1, 0)
+    present, absent = yes_yes + yes_no > 0, no_yes + no_no > 0
+    known = lambda value, defined: np.where(defined, value, np.nan)
     recall = tp / (tp + fn + 1e-4)
     precision = tp / (tp + fp_positive + 1e-4)
-    micro = 2 * precision * recall / (precision + recall + 1e-4)
-    yes_yes = float(sum(f.truths > 0 and f.found > 0 for f in found))
-    no_yes = float(sum(f.truths == 0 and f.found > 0 for f in found))
-    no_no = float(sum(f.truths == 0 and f.found == 0 for f in found))
-    yes_no = float(sum(f.truths > 0 and f.found == 0 for f in found))
-    metrics = {}
-    if yes_yes + yes_no:
-        metrics |= {
-            "pmF1": float(micro.mean()),
-            "precision": float(tp[0] / max(1, tp[0] + fp[0])),
-            "recall": float(tp[0] / max(1, tp[0] + fn[0])),
-        }
-    if no_yes + no_no and yes_yes + yes_no:
-        product = (yes_yes + no_yes) * (yes_yes + yes_no) * (no_no + no_yes) * (no_no + yes_no)
-        correlation = (yes_yes * no_no - no_yes * yes_no) / (product**0.5 + 1e-6)
-        metrics |= {"IL_MCC": correlation, "cgF1": metrics["pmF1"] * correlation}
-    return metrics
+    micro = (2 * precision * recall / (precision + recall + 1e-4)).mean(-1)
+    first = tp[..., 0]
+    product = (yes_yes + no_yes) * (yes_yes + yes_no) * (no_no + no_yes) * (no_no + yes_no)
+    correlation = (yes_yes * no_no - no_yes * yes_no) / (product**0.5 + 1e-6)
+    return {
+        "pmF1": known(micro, present),
+        "precision": known(first / np.maximum(1, first + fp[..., 0]), present),
+        "recall": known(first / np.maximum(1, first + fn[..., 0]), present),
+        "IL_MCC": known(correlation, present & absent),
+        "cgF1": known(micro * correlation, present & absent),
+    }
 
 
 def choose_thresholds(

@@ -7,9 +7,12 @@ the truth is a `Dataset`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from sam3jax.data.coco import Dataset
 from sam3jax.evaluation.average_precision import coco_metrics
@@ -21,8 +24,10 @@ from sam3jax.evaluation.concepts import (
     match_pairs,
     picture_scores,
     silence,
+    tally,
 )
 from sam3jax.evaluation.ground_truth import Pair, Truth
+from sam3jax.evaluation.uncertainty import RECALLS, Judged, average_precision, draws_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Evaluation:
     cgF1 where every concept is in every picture) is absent. per_category: one row per category.
     thresholds: category name -> score that gives its best F1 on these data. pictures: image id ->
     F1 of the picture over all its phrases, averaged over IoU thresholds; 1.0 for right silence. truth: what
-    was asked, with its regions already drawn.
+    was asked, with its regions already drawn. resample(): metric -> values in drawn sets of the pictures, the
+    same sets for every model; see `uncertainty`.
     """
 
     metrics: dict[str, float]
@@ -42,6 +48,7 @@ class Evaluation:
     thresholds: dict[str, float] = field(default_factory=dict)
     pictures: dict[Any, float] = field(default_factory=dict)
     truth: Truth | None = None
+    resample: Callable[[], dict[str, np.ndarray]] = dict
 
 
 def measure(
@@ -64,14 +71,16 @@ def measure(
     rows: dict[Any, dict[str, Any]] = {
         i: {"category": dataset.categories[i]} for i in truth.categories
     }
+    matches: dict[str, list[Judged]] = {}
     for kind in truth.kinds:
-        overall, of_each = coco_metrics(truth, kept, kind)
+        overall, of_each, matches[kind] = coco_metrics(truth, kept, kind)
         metrics |= {f"{kind}/{name}": value for name, value in overall.items()}
         for category, values in of_each.items():
             rows[category] |= {f"{kind}/{name}": value for name, value in values.items()}
     kind = truth.kinds[-1]
     found = match_pairs(truth, kept, kind, cuts)
-    metrics |= concept_metrics(found) | silence(truth, found)
+    of_all = concept_metrics(tally(found))
+    metrics |= {n: float(v) for n, v in of_all.items() if np.isfinite(v)} | silence(truth, found)
     best = choose_thresholds(truth, kept, kind, default=threshold)
     by_category: dict[int, list[Found]] = defaultdict(list)
     for one in found:
@@ -80,4 +89,39 @@ def measure(
         row |= category_row(by_category[category])
         row |= {"threshold": cuts[category], "best_threshold": best[category]}
     named = {dataset.categories[i]: value for i, value in best.items()}
-    return Evaluation(metrics, list(rows.values()), kept, named, picture_scores(found), truth)
+    resample = partial(_resampled, truth, found, matches)
+    return Evaluation(
+        metrics, list(rows.values()), kept, named, picture_scores(found), truth, resample
+    )
+
+
+def _resampled(
+    truth: Truth, found: Sequence[Found], matches: Mapping[str, list[Judged]]
+) -> dict[str, np.ndarray]:
+    """Metric -> its value in each drawn set of the pictures."""
+    places = {image: n for n, image in enumerate(truth.images)}
+    if len(places) < 2:
+        return {}
+    detections = sum(len(c.scores) for categories in matches.values() for c in categories)
+    weights = draws_of(len(places), detections)
+    values: dict[str, np.ndarray] = {}
+    for kind, categories in matches.items():
+        by_iou = average_precision(categories, weights, RECALLS)
+        values |= {
+            f"{kind}/AP": by_iou.mean(1),
+            f"{kind}/AP50": by_iou[:, 0],
+            f"{kind}/AP75": by_iou[:, 5],
+        }
+    by_picture: dict[int, list[Found]] = defaultdict(list)
+    for one in found:
+        by_picture[places[one.pair[0]]].append(one)
+    counts = np.stack([tally(by_picture[n]) for n in range(len(places))])
+    values |= concept_metrics(weights @ counts)
+    alarms, absent = np.zeros((2, len(places)))
+    for one in found:
+        if not truth.pairs[one.pair]:
+            absent[places[one.pair[0]]] += 1
+            alarms[places[one.pair[0]]] += one.found > 0
+    asked = weights @ absent
+    values["false_alarms"] = np.where(asked > 0, weights @ alarms / np.maximum(asked, 1), np.nan)
+    return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +37,24 @@ class Detections:
     masks: list[dict[str, Any]]
     height: int
     width: int
+    duplicates: int = 0  # weaker finds on the same things, left out
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def above(self, threshold: float) -> Detections:
         """Those with a score above the threshold, as the published processor keeps them."""
-        chosen = np.flatnonzero(self.scores > threshold)
+        return self._only(np.flatnonzero(self.scores > threshold), self.duplicates)
+
+    def distinct(self, iou: float | None) -> Detections:
+        """Each thing once: without those whose mask overlaps a stronger one's by more than `iou`; None: all."""
+        chosen = distinct(self.masks, iou)
+        return self._only(np.array(chosen, int), self.duplicates + len(self) - len(chosen))
+
+    def _only(self, chosen: np.ndarray, duplicates: int) -> Detections:
         masks = [self.masks[k] for k in chosen]
-        return Detections(
-            self.scores[chosen], self.boxes_xyxy[chosen], masks, self.height, self.width
-        )
+        size = self.height, self.width
+        return Detections(self.scores[chosen], self.boxes_xyxy[chosen], masks, *size, duplicates)
 
     def decode_masks(self) -> np.ndarray:
         """[K, height, width] bool."""
@@ -84,6 +92,23 @@ class Detections:
             class_id=np.full(len(self), class_id),
             data={"class_name": np.full(len(self), phrase)},
         )
+
+
+def distinct(regions: Sequence[Any], iou: float | None) -> list[int]:
+    """Greedy non-maximum suppression: places of the regions to keep, of those given strongest first.
+
+    regions: COCO RLEs, or boxes x, y, width, height; all of one kind. Dropped is what overlaps a kept one by more
+    than `iou`; None drops nothing. Two empty masks are no rivals.
+    """
+    if iou is None or len(regions) < 2:
+        return list(range(len(regions)))
+    regions = list(regions)
+    rival = coco_mask.iou(regions, regions, [0] * len(regions)) > iou
+    kept: list[int] = []
+    for k in range(len(regions)):
+        if not rival[k, kept].any():
+            kept.append(k)
+    return kept
 
 
 def fetch(candidates: Candidates, floor: float) -> Candidates:

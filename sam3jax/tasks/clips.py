@@ -34,6 +34,7 @@ from sam3jax.types import AXIS, ClipBatch, TextFeatures
 from sam3jax.viewing.batches import draw_batch
 from sam3jax.viewing.draw import found_instances, true_instances
 from sam3jax.viewing.film import evenly, strip
+from sam3jax.viewing.shown import Shown
 from sam3jax.weights.tree import Tree
 
 _SPLIT: Any = P(AXIS)  # specs stand in a batch where arrays do
@@ -138,9 +139,10 @@ class Clips(Detection):
             records = [r for r in pictures.images if r.id in asked or e.batches is None]
             steady = steadiness_of(records, found.found.predictions)
             metrics = {**found.metrics, "video/steadiness": steady}
+            shown = Shown.by(e, found.thresholds)
 
             def panels() -> Iterator[tuple[str, Image.Image]]:
-                yield from strips(videos, pictures, found.found.predictions, e.threshold, e.panels)
+                yield from strips(videos, pictures, found.found.predictions, shown, e.panels)
 
             return replace(found, metrics=metrics, panels=panels)
 
@@ -151,7 +153,7 @@ def strips(
     videos: VideoDataset,
     pictures: Dataset,
     predictions: list[dict[str, Any]],
-    threshold: float,
+    shown: Shown,
     count: int,
 ) -> Iterator[tuple[str, Image.Image]]:
     """The first `count` videos: truth above, detections below, a few annotated frames of each."""
@@ -166,12 +168,12 @@ def strips(
 
         def truth(number: int, records=records) -> list:
             ids = [a.id for a in records[number].annotations if not a.iscrowd]
-            shown = true_instances(records[number], pictures.categories)
+            drawn = true_instances(records[number], pictures.categories)
             # One colour for an object in all frames.
-            return [replace(i, number=id % 64) for i, id in zip(shown, ids, strict=True)]
+            return [replace(i, number=id % 64) for i, id in zip(drawn, ids, strict=True)]
 
         def seen(number: int, records=records, by_frame=by_frame) -> list:
-            return found_instances(by_frame[records[number].id], pictures.categories, threshold)
+            return found_instances(by_frame[records[number].id], pictures.categories, shown)
 
         numbers = [video.annotated[k] for k in evenly(len(video.annotated), _SHOWN)]
         yield f"{row}", strip(video.frames, numbers, [("truth", truth), ("found", seen)])

@@ -30,6 +30,7 @@ from sam3jax.tasks.validated import Validated
 from sam3jax.types import AXIS, Batch, Outputs, Prompts, TextFeatures
 from sam3jax.viewing.batches import draw_batch
 from sam3jax.viewing.draw import dataset_panel
+from sam3jax.viewing.shown import Shown
 from sam3jax.weights.trainable import merge, touches, without_text_tower
 from sam3jax.weights.tree import Tree
 
@@ -136,14 +137,14 @@ class Detection:
                 records = [r for r in dataset.images if r.id in seen or e.batches is None]
                 for row, record in enumerate(records[: e.panels]):
                     panel = dataset_panel(
-                        record, found.predictions, dataset.categories, threshold=e.threshold
+                        record, found.predictions, dataset.categories, Shown.by(e, found.thresholds)
                     )
                     yield f"{row}", panel
 
             def write(folder: Path, base: Validated | None, about: Mapping[str, Any]) -> None:
                 before = None if base is None else base.found
-                about = {**about, "threshold": e.threshold}
-                write_evaluation(folder, dataset, found, before, about=about)
+                shown = Shown.by(e, found.thresholds)
+                write_evaluation(folder, dataset, found, before, about=about, shown=shown)
 
             return Validated(found.metrics, panels, write, found.thresholds, found)
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
 from sam3jax.data.coco import ImageRecord, decode_mask
+from sam3jax.viewing.shown import Shown
 
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
@@ -210,16 +211,15 @@ def true_instances(record: ImageRecord, names: Mapping[int, str]) -> list[Instan
 
 
 def found_instances(
-    results: Sequence[Mapping[str, Any]], names: Mapping[int, str], threshold: float
+    results: Sequence[Mapping[str, Any]], names: Mapping[int, str], shown: Shown
 ) -> list[Instance]:
-    """COCO results of one picture above a score, strongest first."""
+    """Those COCO results of one picture that people see, strongest first."""
     instances = []
-    for result in sorted(results, key=lambda r: -r["score"]):
-        if result["score"] > threshold:
-            x, y, w, h = result["bbox"]
-            box = (x, y, x + w, y + h)
-            name = names.get(result["category_id"], str(result["category_id"]))
-            instances.append(Instance(name, box, result.get("segmentation"), result["score"]))
+    for result in shown.of(results, names):
+        x, y, w, h = result["bbox"]
+        box = (x, y, x + w, y + h)
+        name = names.get(result["category_id"], str(result["category_id"]))
+        instances.append(Instance(name, box, result.get("segmentation"), result["score"]))
     return instances
 
 
@@ -227,8 +227,8 @@ def dataset_panel(
     record: ImageRecord,
     results: Sequence[Mapping[str, Any]],
     names: Mapping[int, str],
+    shown: Shown,
     *,
-    threshold: float = 0.5,
     title: str | None = None,
     height: int = 360,
 ) -> Image.Image:
@@ -237,7 +237,7 @@ def dataset_panel(
     return panel(
         record.open(),
         true_instances(record, names),
-        found_instances(here, names, threshold),
+        found_instances(here, names, shown),
         title=Path(record.file).name if title is None else title,
         height=height,
     )

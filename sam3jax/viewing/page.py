@@ -37,6 +37,7 @@ th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--li
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 th { color: var(--soft); font-weight: 500; }
 td:has(.words) { text-align: left; } .words { display: inline-block; white-space: normal; min-width: 16rem; color: var(--soft); }
+small.range { white-space: nowrap; font-size: .78rem; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 12px; }
 figure { margin: 0; }

@@ -52,7 +52,8 @@ class Predictor:
     It finds all instances of a phrase or of what boxes show. One object by points, a box or a mask:
     sam3jax.ClickPredictor.
 
-    thresholds: phrase -> score from which a detection counts; others use config.threshold.
+    thresholds: phrase -> score from which a detection counts; others use config.threshold. Each thing is found
+    once: config.shown_nms says from which overlap on two finds are one.
     mesh: devices of this process, over which pictures are split; None: the first one.
     reading: how files become pixels, as in the run's training.
     """
@@ -167,7 +168,7 @@ class Predictor:
                 picture.width,
                 floor=threshold,
                 mask_threshold=pixel,
-            )
+            ).distinct(self.config.shown_nms)
             for row, picture in enumerate(self.pictures)
         ]
 

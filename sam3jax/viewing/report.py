@@ -14,6 +14,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from sam3jax.data.pictures import DataError
 from sam3jax.data.video_sets import open_frames
 from sam3jax.errors import UserError
 from sam3jax.files import write_text
-from sam3jax.viewing import diagnosis, draw
+from sam3jax.viewing import diagnosis, draw, tables
 from sam3jax.viewing.charts import curves
 from sam3jax.viewing.meanings import MEANINGS, by_importance, less_is_better
 from sam3jax.viewing.page import page
 from sam3jax.viewing.run_files import by_picture, damage, not_as_written, read_json
+from sam3jax.viewing.shown import Shown
 
 _PICTURES = 4  # best, worst and most different, each
 _POINTS = 400  # of a curve: more cannot be seen
@@ -81,18 +83,18 @@ def _page_of(folder: Path, datasets: Mapping[str, Dataset] | None, damaged: Sequ
     if datasets is None:
         datasets, remark = _datasets(folder)
     sections = [
-        ("Damage", _note(not_as_written(folder, damaged)) if damaged else ""),
+        ("Damage", tables.note(not_as_written(folder, damaged)) if damaged else ""),
         ("Results", _tiles(evaluation) + _base_against_tuned(evaluation)),
         ("Demo", _demo(folder)),
         ("Categories", _categories(evaluation)),
-        ("Phrases", diagnosis.phrases(evaluation.get("diagnosis", {}), _table)),
+        ("Phrases", diagnosis.phrases(evaluation.get("diagnosis", {}), tables.table)),
         (
             "Labels",
             diagnosis.labels(evaluation.get("diagnosis", {}), datasets.get("valid"), _inline),
         ),
         ("Curves", _curves(read_curves(folder / "metrics.jsonl"))),
-        ("Pictures", _pictures(folder, evaluation, datasets.get("valid")) or _note(remark)),
-        ("Data", _data(datasets) or _note(remark)),
+        ("Pictures", _pictures(folder, evaluation, datasets.get("valid")) or tables.note(remark)),
+        ("Data", _data(datasets) or tables.note(remark)),
         ("Run", _summary(read_json(folder / "summary.json", {}))),
         ("Configuration", _config(folder / "config.yaml")),
     ]
@@ -106,19 +108,10 @@ def _page_of(folder: Path, datasets: Mapping[str, Dataset] | None, damaged: Sequ
     return page(
         title=folder.resolve().name,
         step=step,
-        data=without_places(str(evaluation.get("data", ""))),
+        data=tables.without_places(str(evaluation.get("data", ""))),
         links=Markup(links),  # made here, of fixed words
         body=Markup(body),  # made by the functions below, which escape what they are given
     )
-
-
-# A path from the root, at least two folders deep; the last part is kept.
-_PLACE = re.compile(r"(?<![\w.:/…])/(?:[^\s/:'\"<>,]+/)+([^\s/:'\"<>,]*)")
-
-
-def without_places(text: str) -> str:
-    """Text without the folders of the machine that it was made on: reports are passed on."""
-    return _PLACE.sub(r"…/\1", text)
 
 
 def read_curves(file: Path) -> dict[str, Series]:
@@ -210,16 +203,30 @@ def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
     metrics, base = evaluation.get("metrics", {}), evaluation.get("base", {}).get("metrics", {})
     if not metrics:
         return ""
+    sure, moved = (
+        evaluation.get("uncertainty", {}),
+        evaluation.get("compare", {}).get("uncertainty", {}),
+    )
     rows = []
     for name in by_importance(list(metrics)):
-        row = [name, _number(metrics[name], name)]
+        row = [name, tables.number(metrics[name], name) + tables.between(sure.get(name))]
         if base:
-            row[1:1] = [_number(base.get(name), name)]
-            row.append(_change(base.get(name), metrics[name], worse_is_more=less_is_better(name)))
+            row[1:1] = [tables.number(base.get(name), name)]
+            worse = less_is_better(name)
+            change = tables.change(
+                base.get(name), metrics[name], moved.get(name), worse_is_more=worse
+            )
+            row.append(change + tables.between(moved.get(name), signed=True))
         words = Markup('<span class="words">{}</span>').format(MEANINGS.get(name, ""))
         rows.append([*row, words])
     head = ["metric", "base", "tuned", "change"] if base else ["metric", evaluation.get("weights", "")]  # fmt: skip
-    return _table([*head, ""], rows) + _note(diagnosis.certainty(evaluation))
+    n = len(evaluation.get("pictures", ()))
+    drawn = (
+        f"Small figures: the middle 95 % over {n:,} pictures drawn again with replacement. A change whose range "
+        "holds 0 has no colour: it may be chance. "
+    )
+    note = (drawn if sure else "") + diagnosis.certainty(evaluation)
+    return tables.table([*head, ""], rows) + tables.note(note)
 
 
 def _categories(evaluation: Mapping[str, Any]) -> str:
@@ -232,13 +239,16 @@ def _categories(evaluation: Mapping[str, Any]) -> str:
     table = []
     for row in sorted(rows, key=lambda r: -r.get(f"{kind}/AP", -1.0)):
         cells = [row["category"]]
-        cells += [_number(row.get(f"{kind}/{key}", row.get(key))) for key in _COLUMNS]
+        cells += [tables.number(row.get(f"{kind}/{key}", row.get(key))) for key in _COLUMNS]
         if base:
             before = base.get(row["category"], {}).get(f"{kind}/AP")
-            cells += [_number(before), _change(before, row.get(f"{kind}/AP"))]
+            cells += [tables.number(before), tables.change(before, row.get(f"{kind}/AP"))]
         table.append(cells)
     what = "masks" if kind == "segm" else "boxes"
-    return _table(head, table) + _note(f"AP of {what}; precision, recall, F1 at IoU .5.")
+    return tables.table(head, table) + tables.note(
+        f"AP of {what}; precision, recall, F1 at IoU .5 and score {rows[0].get('threshold', 0.5):.2f}. Pictures below "
+        "show what `predict` shows: finds above the best threshold of their phrase, each thing once."
+    )
 
 
 def _demo(folder: Path) -> str:
@@ -247,7 +257,9 @@ def _demo(folder: Path) -> str:
     if not rows:
         return ""
     names = list(next(iter(rows.values())))
-    table = _table(["held out", *names], [[n, *map(_number, r.values())] for n, r in rows.items()])
+    table = tables.table(
+        ["held out", *names], [[n, *map(tables.number, r.values())] for n, r in rows.items()]
+    )
     shown = []
     for film in sorted(folder.glob("demo*.mp4")):
         source = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode("ascii")
@@ -266,7 +278,7 @@ def _pictures(folder: Path, evaluation: Mapping[str, Any], dataset: Dataset | No
         return ""
     tuned = by_picture(read_json(folder / "predictions.json", []))
     base = by_picture(read_json(folder / "base_predictions.json", []))
-    threshold = evaluation.get("threshold", 0.5)
+    shown = Shown.told(evaluation)
     worst = scored[:_PICTURES]
     best = [p for p in reversed(scored) if p not in worst][:_PICTURES]
     changed = evaluation.get("compare", {}).get("pictures", ())
@@ -276,7 +288,7 @@ def _pictures(folder: Path, evaluation: Mapping[str, Any], dataset: Dataset | No
         ("Worst", worst),
         ("Where base and tuned differ most", changed[:_PICTURES]),
     ):
-        drawn = [_picture(p, dataset, tuned, base, threshold) for p in chosen]
+        drawn = [_picture(p, dataset, tuned, base, shown) for p in chosen]
         if any(drawn):
             blocks.append(f"<h3>{title}</h3>{''.join(drawn)}")
     return "".join(blocks)
@@ -287,7 +299,7 @@ def _picture(
     dataset: Dataset,
     tuned: Mapping[Any, Sequence],
     base: Mapping[Any, Sequence],
-    threshold: float,
+    shown: Shown,
 ) -> str:
     """truth, base where there is one, tuned: images of their own, so that a narrow window stacks them."""
     record = next((i for i in dataset.images if i.id == scored["id"]), None)
@@ -296,13 +308,13 @@ def _picture(
     try:
         image = record.open()
     except DataError as error:
-        return _note(str(error))
+        return tables.note(str(error))
     names = dataset.categories
     parts = [("truth", draw.true_instances(record, names))]
     if base:
-        found = draw.found_instances(base.get(record.id, ()), names, threshold)
+        found = draw.found_instances(base.get(record.id, ()), names, replace(shown, thresholds={}))
         parts.append(("base", found))
-    parts.append(("tuned", draw.found_instances(tuned.get(record.id, ()), names, threshold)))
+    parts.append(("tuned", draw.found_instances(tuned.get(record.id, ()), names, shown)))
     figures = "".join(
         f'<figure><img loading="lazy" alt="{name}" '
         f'src="{_inline(draw.colour_like(parts[0][1], instances), image)}">'
@@ -327,16 +339,16 @@ def _jpeg(image: Image.Image) -> str:
 def _data(datasets: Mapping[str, Dataset]) -> str:
     blocks = []
     for name, dataset in datasets.items():
-        lines = escape(without_places("\n".join(describe(dataset))))
-        place = escape(without_places(dataset.name))
+        lines = escape(tables.without_places("\n".join(describe(dataset))))
+        place = escape(tables.without_places(dataset.name))
         blocks.append(f"<h3>{escape(name)}: {place}</h3><pre>{lines}</pre>")
     return "".join(blocks)
 
 
 def _summary(summary: Mapping[str, Any]) -> str:
-    rows = [[name, _number(value)] for name, value in _flat(summary)]
+    rows = [[name, tables.number(value)] for name, value in _flat(summary)]
     return (
-        f"<details open><summary>summary.json</summary>{_table(['', ''], rows)}</details>"
+        f"<details open><summary>summary.json</summary>{tables.table(['', ''], rows)}</details>"
         if rows
         else ""
     )
@@ -353,7 +365,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _config(file: Path) -> str:
     if not file.is_file():
         return ""
-    text = escape(without_places(file.read_text(errors="replace")))
+    text = escape(tables.without_places(file.read_text(errors="replace")))
     return f"<details><summary>config.yaml</summary><pre>{text}</pre></details>"
 
 
@@ -367,39 +379,3 @@ def _datasets(folder: Path) -> tuple[dict[str, Dataset], str]:
     except (DataError, ConfigError) as error:
         return {}, f"The data cannot be read any more: {error}"
     return {"train": train, **({"valid": valid} if valid is not None else {})}, ""
-
-
-def _number(value: Any, name: str = "") -> str:
-    if value is None:
-        return "–"
-    if name.endswith("/objects"):
-        return f"{value:,.0f}"
-    if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else without_places(str(value))
-    )
-
-
-def _change(before: float | None, after: float | None, *, worse_is_more: bool = False) -> str:
-    if before is None or after is None:
-        return "–"
-    difference = after - before
-    good = difference < 0 if worse_is_more else difference > 0
-    shade = "" if abs(difference) < 5e-4 else ' class="good"' if good else ' class="bad"'
-    return Markup(f"<span{shade}>{difference:+.3f}</span>")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Every cell that is not Markup is escaped."""
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(without_places(text))}</p>' if text else ""
