@@ -26,10 +26,10 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 
     raise SystemExit(door("demo"))
 
-from sam3jax.config import load_config
+from sam3jax.config import Config, load_config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.shapes import shapes_dataset
-from sam3jax.demo_video import demo_video, print_results
+from sam3jax.demo_video import VIDEOS, demo_video, print_results
 from sam3jax.errors import exit_status
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.metrics import Evaluation
@@ -123,4 +123,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     run, show = (demo_video, print_results) if options.video else (demo, _print)
     file = options.config or (CLIPS_DEMO if options.video else DEMO)
-    show(run(file, options.overrides), Path(load_config(file, options.overrides).output))
+    config = load_config(file, options.overrides)
+    asked = f"{VIDEOS} videos" if options.video else f"{sum(PICTURES.values())} pictures"
+    print("\n".join(plan(config, asked)), flush=True)
+    show(run(file, options.overrides), Path(config.output))
+
+
+def plan(config: Config, asked: str) -> list[str]:
+    """What a demo is going to do, in lines for people. asked: what the models are asked about."""
+    what = "frames of generated videos" if config.task == "clips" else "generated pictures"
+    return [
+        "The demo takes four to six minutes on two CPU cores:",
+        f"  1. {config.steps} steps of {config.batch_size} {what} teach the model new concepts; every "
+        f"{config.save_every} steps are saved, and the same command continues",
+        f"  2. the model is asked, as it was and as trained, about {asked} that it has never seen",
+        f"  3. the table of both is printed; pictures and report.html lie in {config.output}",
+    ]

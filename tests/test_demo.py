@@ -44,7 +44,9 @@ def test_the_demo_starts_from_a_base_and_writes_its_table_and_picture(
         assert set(row) == {"AP50", "recall", "silence"}
         assert all(0 <= value <= 1 for value in row.values())
     assert Image.open(run / "demo.png").width > 3 * 96
-    assert "phrases permuted, tuned" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The demo takes" in said
+    assert "phrases permuted, tuned" in said
 
 
 def test_a_demo_without_its_base_says_so(few_pictures, tmp_path, capsys):
