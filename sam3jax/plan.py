@@ -27,6 +27,8 @@ REMEDIES = (
     ("loss.mask_chunk=1", "masks one after the other"),
     ("loss.mask_resolution=prediction", "masks are compared at a quarter of the picture's edge"),
     ("data.max_prompts=1", "one phrase a picture in each update"),
+    ("shard=true", "every layer waits for its weights from the other devices"),
+    ("base_dtype=int8", "weights that are not trained are rounded to eight bits"),
     ("lora.targets=[transformer.decoder.layers.*]", "the trunk and the fusion stay as they are"),
 )
 
@@ -122,10 +124,12 @@ def remedies(config: Config, devices: Sequence[Any]) -> list[tuple[str, plan.Nee
     """(setting, needs, what it costs) of the three settings that save most, each compiled by itself."""
     tried = []
     for setting, cost in REMEDIES:
-        changed = _with(config, setting)
-        if changed == config:
+        if setting == "shard=true" and len(devices) == 1:
             continue
         try:
+            changed = _with(config, setting)
+            if changed == config:
+                continue
             tried.append((setting, plan.needs(changed, devices), cost))
         except ConfigError:  # this setting does not go with the others
             continue

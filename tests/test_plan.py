@@ -238,6 +238,15 @@ def test_what_does_not_fit_says_which_settings_would_help(words, monkeypatch, ca
     assert "no update is faster than 9.000 s (1.000 s of products" in "\n".join(lines)
 
 
+@pytest.mark.parametrize(("train", "devices"), [("lora", 1), ("lora", 8), ("all", 8)])
+def test_only_remedies_that_go_with_the_run_are_tried(monkeypatch, train, devices):
+    asked = []
+    monkeypatch.setattr(plan, "needs", lambda c, d: asked.append(c) or linear(c, d))
+    command.remedies(small_config(train=train, batch_size=16, micro_batch=2), [None] * devices)
+    assert any(c.shard for c in asked) == (devices > 1)
+    assert any(c.base_dtype == "int8" for c in asked) == (train == "lora")
+
+
 def test_a_hub_id_is_planned_for_without_its_weights(words, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(plan, "needs", lambda c, d: asked.append(c) or linear(c, d))
