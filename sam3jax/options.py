@@ -103,6 +103,10 @@ def _predict(parser: Parser) -> None:
         help="large pictures in overlapping parts of the model's size, instead of squashed to it",
     )
     parser.add_argument(
+        "--frame", type=_frame, default=0, metavar="N",
+        help="of files with several pages or slices, counted from 0; default 0",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-megapixels", type=_megapixels, default=500, metavar="N",
         help="larger pictures are refused before they fill the memory; default 500",
     )  # fmt: skip
@@ -315,6 +319,12 @@ def _score(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a score from 0 to 1")
     return value
+
+
+def _frame(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -172,15 +172,19 @@ def predict_files(
     squashed, failed, duplicates = Squashed(predictor.size), 0, 0
     written = [*names.values(), *(WRITTEN[kind] for kind in options.format)]
     with Record(output, written, [p or VISUAL for p in phrases]) as record:
-        for group in _groups(_read_ahead(files, predictor.reading), predictor.at_once):
+        for group in _groups(
+            _read_ahead(files, predictor.reading, options.frame), predictor.at_once
+        ):
             for number, file, picture, found in _find(predictor, group, phrases, ask, tile):
                 if isinstance(found, ValueError):
                     failed += 1
                     print(f"{plain(file)}: {plain(found)}", file=sys.stderr)
                     continue
                 if (frames := read_header(file, options.max_megapixels).frames) > 1:
-                    first = f"the first of {frames} frames is looked at"
-                    print(f"{plain(file)}: {first}", file=sys.stderr)
+                    which = (
+                        f"frame {options.frame} of {frames} is looked at (--frame asks for another)"
+                    )
+                    print(f"{plain(file)}: {which}", file=sys.stderr)
                 width, height = picture.size
                 if tile is None:
                     squashed.count(file, width, height)
@@ -271,12 +275,15 @@ def _find(
         yield number, file, picture, found[number]
 
 
-def _read_ahead(files: Sequence[Path], reading: Reading) -> Iterator[Read]:
-    """Pictures by number, or the error of each; the next is decoded while this one is looked at."""
+def _read_ahead(files: Sequence[Path], reading: Reading, frame: int) -> Iterator[Read]:
+    """Pictures by number, or the error of each; the next is decoded while this one is looked at.
+
+    frame: page or slice, from 0; what has fewer is an error.
+    """
 
     def read(file: Path) -> Image.Image | DataError:
         try:
-            return open_rgb(file, reading=reading)
+            return open_rgb(file, frame=frame, reading=reading)
         except DataError as error:
             return error
 

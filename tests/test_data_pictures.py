@@ -269,6 +269,8 @@ def test_nifti_slices_are_frames(tmp_path):
     values[:20, :10, 2] = 1000  # x up to 20, y up to 10
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii.gz")
     assert read_header(tmp_path / "a.nii.gz").size == (W, H)
+    with pytest.raises(DataError, match="frame 99 is asked for"):
+        open_rgb(tmp_path / "a.nii.gz", frame=99)
     found = np.asarray(open_rgb(tmp_path / "a.nii.gz", (W, H), frame=2))[..., 0]
     assert found[:10, :20].min() > 200
     assert found[10:].max() == found[:, 20:].max() == 0

@@ -18,7 +18,7 @@ from sam3jax.data.loader import make_eval_loader
 from sam3jax.evaluation.ask import evaluate_dataset
 from sam3jax.inference.detector import Detector
 from sam3jax.model import Interactive
-from sam3jax.predict import Predictor, PromptError, find_pictures
+from sam3jax.predict import Detections, Predictor, PromptError, find_pictures
 from sam3jax.viewing import click_predictor
 from sam3jax.viewing import predictor as predictor_module
 from sam3jax.viewing.click_predictor import ClickPredictor
@@ -203,6 +203,55 @@ def test_a_hundred_megapixels_give_masks_of_that_size(predictor, tmp_path, recwa
     assert found.masks[0]["size"] == [8_400, 12_000]
     assert max(predictor.draw({"cat": found}).size) == 2048
     assert not [w for w in recwarn if "bomb" in str(w.message).lower()]
+
+
+def test_a_page_of_a_file_can_be_asked_for(command, predictor, tmp_path, monkeypatch, capsys):
+    pages = [Image.fromarray(photograph(30, 24, seed)) for seed in range(3)]
+    pages[0].save(tmp_path / "pages.tiff", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "one.png")
+    words = ("--phrase", "cat", "--threshold", "0", "--nms", "1", "--no-overlay")
+    monkeypatch.setattr(predictor, "config", predictor.config)  # --nms changes it
+    for frame in (0, 2):
+        output = tmp_path / f"out{frame}"
+        file = tmp_path / "pages.tiff"
+        assert command(file, *words, "--frame", frame, "--output", output) == 0
+        assert f"frame {frame} of 3 is looked at" in capsys.readouterr().err
+        found = json.loads((output / "predictions.json").read_text())["annotations"]
+        predictor.set_image(pages[frame])
+        expected = predictor.predict("cat", threshold=0).scores
+        np.testing.assert_allclose([a["score"] for a in found], expected, atol=1e-5)
+    # What has fewer pages is named, and the others are done.
+    assert command(tmp_path / "pages.tiff", tmp_path / "one.png", *words, "--frame", 1, "--output", tmp_path / "both") == 1  # fmt: skip
+    assert "one.png" in capsys.readouterr().err
+
+
+def square(left: int, top: int, edge: int) -> dict:
+    mask = np.zeros((40, 60), np.uint8, order="F")
+    mask[top : top + edge, left : left + edge] = 1
+    return coco_mask.encode(mask)
+
+
+def test_each_thing_is_found_once_unless_all_are_asked_for(
+    command, predictor, tmp_path, monkeypatch, capsys
+):
+    # The second lies on the first (IoU .68), the third on the second alone, the fourth and fifth are empty.
+    masks = [square(0, 0, 20), square(2, 2, 20), square(5, 5, 20), square(0, 0, 0), square(0, 0, 0)]
+    scores = np.linspace(0.9, 0.5, 5)
+    found = Detections(scores, np.zeros((5, 4)), masks, 40, 60)
+    assert found.distinct(0.5).scores.tolist() == scores[[0, 2, 3, 4]].tolist()
+    assert found.distinct(0.5).duplicates == 1
+    assert len(found.distinct(0.3)) == 3
+    assert len(found.distinct(None)) == len(found.distinct(1.0)) == 5
+    assert len(found.above(2.0).distinct(0.5)) == 0
+    monkeypatch.setattr("sam3jax.viewing.predictor.full_size", lambda *_, **__: found)
+    Image.fromarray(photograph(60, 40)).save(tmp_path / "a.png")
+    words = (tmp_path / "a.png", "--phrase", "cat", "--no-overlay")
+    for nms, kept in ((0.5, 4), (1, 5)):
+        monkeypatch.setattr(predictor, "config", predictor.config)
+        assert command(*words, "--nms", nms, "--output", tmp_path / f"out{nms}") == 0
+        written = json.loads((tmp_path / f"out{nms}" / "predictions.json").read_text())
+        assert len(written["annotations"]) == kept
+        assert ("1 weaker finds on things found already" in capsys.readouterr().out) == (kept == 4)
 
 
 def test_a_folder_of_a_thousand_with_one_corrupt_file(command, tmp_path, capsys):

@@ -95,6 +95,8 @@ def open_rgb(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF blocks are no news here
             if volumes.is_volume(file):
+                if frame >= (frames := read_header(file, reading.megapixels).frames):
+                    raise no_frame(file, frames, frame)
                 rgb = _channels([volumes.read_slice(file, f) for f in _near(file, frame, reading)], reading)  # fmt: skip
             elif reading.slices > 1:
                 rgb = _stack(file, frame, reading)
@@ -390,5 +392,5 @@ def no_frame(file: Path, frames: int, frame: int) -> DataError:
     """The sentence for a frame that a file does not have."""
     return DataError(
         f"picture {file} has {frames} frames, counted from 0; frame {frame} is asked for: correct "
-        f"`frame` in the JSON"
+        f"`frame` in the JSON, or --frame"
     )
