@@ -101,6 +101,7 @@ def train(
         log.say(f"{trained:,} parameters trained, {total:,} in the model, {mesh.size} device(s)")
         log.say(chosen, precision_line(config.model, mesh.devices.flat[0]))
         frozen = placed(compact(frozen, config, backend_of(mesh)), mesh)
+        task.keep(frozen, data, mesh)
         prepared, frozen = task.prepare(state.trainable, frozen, data)
         prepared, frozen = placed(prepared, mesh), placed(frozen, mesh, parts)
         ask = task.validation(data, local_mesh(mesh), **process)
@@ -126,10 +127,8 @@ def train(
                 draw_first(number, partial(task.draw, data, batch), run, log, again=not first)
             batch = put_batch(batch, task.batch_spec, mesh, micro)
             compiles = number == first + 1
-            with (
-                log.busy("compiling", compiles),
-                jax.transfer_guard("disallow"),
-            ):  # no hidden copies
+            # No hidden copies.
+            with log.busy("compiling", compiles), jax.transfer_guard("disallow"):
                 state, metrics = step(state, frozen, prepared, batch)
             steps.add(number, metrics)
             stop, late = interruptions.after(number)

@@ -5,6 +5,8 @@
     python -m scripts.bench_step --parts            forward time of each part
     python -m scripts.bench_step --dtype bfloat16   compute dtype
     python -m scripts.bench_step --run 2 --torch    and the torch trainer's step, with ratios
+    python -m scripts.bench_step --run 3 --behind   adapters behind the trunk alone
+    python -m scripts.bench_step --run 3 --cached   the same, the trunk's features in the place of the picture
 
 LoRA r16 on ViT qkv/proj/MLP, fusion encoder and decoder; 1 picture, 1 phrase, 3 masks, 1008 px.
 """
@@ -41,8 +43,12 @@ from sam3jax.weights.trainable import split, without_text_tower
 INSTANCES = 3
 
 
-def run_config(dtype: str) -> Config:
-    return parse_config({"model": {"compute_dtype": dtype}, "loss": {"mask_chunk": 4}})
+def run_config(dtype: str, behind: bool = False) -> Config:
+    raw: dict = {"model": {"compute_dtype": dtype}, "loss": {"mask_chunk": 4}}
+    if behind:
+        raw["model"]["drop_path"] = 0.0
+        raw["lora"] = {"targets": ["transformer.encoder.layers.*", "transformer.decoder.layers.*"]}
+    return parse_config(raw)
 
 
 def batch_of(config: Config) -> Batch:
@@ -76,8 +82,8 @@ def text_of(config: Config) -> TextFeatures:
     return TextFeatures(jnp.asarray(features, c.compute_dtype), np.arange(c.text_length)[None] < 5)
 
 
-def prepare(config: Config, real: bool):
-    """(step, state, frozen, text, batch); shapes only unless `real`."""
+def prepare(config: Config, real: bool, cached: bool = False):
+    """(step, state, frozen, text, batch); shapes only unless `real`. cached: features for the picture."""
     params = init_params(config.model, 0) if real else parameter_shapes(config.model)
     lora, scale = init_lora(jax.random.key(0), params, config.model, config.lora)
     trainable, frozen = split(params, lora, scale, config)
@@ -94,6 +100,10 @@ def prepare(config: Config, real: bool):
         frozen = jax.eval_shape(lambda tree: compact(tree, config, backend), frozen)
     print(f"parameters trained: {count(trainable, rates):,}", flush=True)
     batch = batch_of(config)
+    if cached:
+        shape = (1, config.model.grid, config.model.grid, config.model.vit_dim)
+        features = np.random.default_rng(2).normal(size=shape)
+        batch = batch.replace(images=features.astype(jnp.dtype(config.model.compute_dtype)))
     one = jax.tree.map(lambda x: x[None], batch)  # one micro-batch
     return step, state, frozen, text_of(config), one.replace(tokens=batch.tokens)
 
@@ -172,13 +182,15 @@ def main() -> None:
     parser.add_argument("--run", type=int, default=0, metavar="STEPS")
     parser.add_argument("--parts", type=int, nargs="?", const=3, default=0, metavar="REPEATS")
     parser.add_argument("--torch", action="store_true", help="compare, with --run")
+    parser.add_argument("--behind", action="store_true", help="adapters behind the trunk")
+    parser.add_argument("--cached", action="store_true", help="--behind, with cache_trunk")
     options = parser.parse_args()
-    config = run_config(options.dtype)
+    config = run_config(options.dtype, options.behind or options.cached)
     print(f"{jax.devices()[0].platform}, jax {jax.__version__}, {options.dtype}")
     if options.parts:
         print(json.dumps(parts(config, options.parts)))
         return
-    step, *args = prepare(config, real=options.run > 0)
+    step, *args = prepare(config, real=options.run > 0, cached=options.cached)
     start = time.perf_counter()
     compiled = step.lower(*args).compile()
     print(f"compile: {time.perf_counter() - start:.1f} s", flush=True)

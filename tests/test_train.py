@@ -9,6 +9,7 @@ from PIL import Image
 
 from sam3jax import evaluate, train
 from sam3jax.config import dump_config, load_config
+from sam3jax.data.features import FeatureStore
 from tests.coco_folders import write_small_shapes
 from tests.trainings import Killed, before_step, kill, losses, words
 
@@ -70,6 +71,44 @@ def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monk
     assert losses(run) == losses(undisturbed)
     ours, theirs = (json.loads((r / "evaluation.json").read_text()) for r in (run, undisturbed))
     assert ours["metrics"] == theirs["metrics"]
+
+
+def test_features_read_back_train_as_pictures_do(data, undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAM3JAX_CACHE", str(tmp_path / "cache"))
+    computed = []
+    write = FeatureStore.write
+    counted = lambda self, entries, *rest: (
+        computed.append(len(entries)) or write(self, entries, *rest)
+    )
+    monkeypatch.setattr(FeatureStore, "write", counted)
+    run = tmp_path / "cached"
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, kill)
+        with pytest.raises(Killed):
+            train.main(arguments(data, run, cache_trunk=1))
+    assert sum(computed) == 24
+    assert "24 pictures x 1 views" in capsys.readouterr().err
+    # A batch is drawn from its pictures.
+    drawn = "batches/batch_1.png"
+    assert (run / drawn).read_bytes() == (undisturbed / drawn).read_bytes()
+    assert train.main(arguments(data, run, cache_trunk=1)) == 0
+    assert sum(computed) == 24  # nothing is computed twice
+    ours, theirs = losses(run), losses(undisturbed)
+    assert sorted(ours) == sorted(theirs)
+    np.testing.assert_allclose([ours[n] for n in ours], [theirs[n] for n in ours], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"lora.targets": ["backbone.vision_backbone.trunk.*"]}, "lora.targets=[transformer.*]"),
+     ({"train": "all"}, "tensors are trained"), ({"model.drop_path": 0.1}, "set model.drop_path=0"),
+     ({"task": "clips"}, "cache_trunk is for task detect")],
+)  # fmt: skip
+def test_a_trunk_whose_answers_change_is_not_cached(data, tmp_path, capsys, changes, said):
+    run = tmp_path / "run"
+    assert train.main(arguments(data, run, cache_trunk=1, **changes)) == 2
+    assert said in capsys.readouterr().err
+    assert not run.exists()
 
 
 def test_evaluate_says_what_the_log_said(undisturbed):

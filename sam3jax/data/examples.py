@@ -37,13 +37,16 @@ def example(
     *,
     masks: bool = True,
     change: Change | None = None,
+    pixels: bool = True,
 ) -> Arrays:
     """Every array of Batch, Prompts and Targets without its first axis.
 
-    Instances that the transform leaves outside the picture are no targets. change: of the pixels.
+    Instances that the transform leaves outside the picture are no targets. change: of the pixels. pixels: False
+    leaves `images` out, and the picture's file unread.
     """
     out = empty_row(shapes, transform)
-    out["images"] = transforms.move_picture(transform, record.open(), change)
+    if pixels:
+        out["images"] = transforms.move_picture(transform, record.open(), change)
     out["category_ids"] = np.full(shapes.prompts, NO_CATEGORY, np.int64)
     slots: dict[int, int] = {}  # annotation index -> row of `boxes` and `masks`
     for k in dict.fromkeys(k for question in questions for k in question.targets):

@@ -17,11 +17,12 @@ import numpy as np
 from sam3jax.config import Config, ConfigError
 from sam3jax.data import prompts as asking
 from sam3jax.data import transforms
-from sam3jax.data.augmentation import draw_change
+from sam3jax.data.augmentation import Change, draw_change
 from sam3jax.data.examples import Arrays, example, stack, to_batch
+from sam3jax.data.features import FeatureStore
 from sam3jax.data.ledger import DataError
 from sam3jax.data.prompts import Question, Shapes
-from sam3jax.data.records import Dataset
+from sam3jax.data.records import Dataset, ImageRecord
 from sam3jax.data.sampling import Order, fingerprint
 from sam3jax.data.streams import ENDLESS, local_size, run_ahead
 from sam3jax.types import Batch
@@ -51,7 +52,10 @@ class TrainLoader:
         batch_size: int,
         identity: dict[str, int],
         epoch: int,
+        pictures: Callable[[int], Any] | None = None,
     ) -> None:
+        """pictures(number): a batch with its pictures, where the stream's batches hold their features."""
+        self._pictures = pictures
         self._stream, self._batch_size, self._identity = stream, batch_size, identity
         self.epoch = epoch
         self._next = 0
@@ -72,6 +76,10 @@ class TrainLoader:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+    def with_pictures(self, batch: Any) -> Any:
+        """The batch handed out last, with pictures where it holds features."""
+        return batch if self._pictures is None else self._pictures(self._next - 1)
 
     def get_state(self) -> dict[str, int]:
         """What `set_state` needs to continue behind the batch handed out last; fits into JSON."""
@@ -114,6 +122,7 @@ def make_train_loader(
     *,
     shapes: Shapes | None = None,
     valid: Dataset | None = None,
+    features: FeatureStore | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainLoader:
@@ -121,7 +130,8 @@ def make_train_loader(
 
     phrases: `vocabulary(...)`; tokens [V, N], one row for each; they become `Batch.tokens`.
     shapes: default `training_shapes(dataset, config.data)`. valid: what the run validates on, which a resumed
-    run must find again as well. Raises ConfigError and DataError.
+    run must find again as well. features: what the trunk makes of the pictures, read in their place; there are
+    as many views of a picture as it holds. Raises ConfigError and DataError.
     """
     if (config.data.min_size or 0) > config.model.image_size:
         raise ConfigError(
@@ -130,7 +140,12 @@ def make_train_loader(
         )
     rows = _Rows(config.batch_size, process_index, process_count, "batch_size")
     batch_of = _TrainBatch(
-        dataset, phrases, config, shapes or asking.training_shapes(dataset, config.data), rows
+        dataset,
+        phrases,
+        config,
+        shapes or asking.training_shapes(dataset, config.data),
+        rows,
+        features,
     )
     identity = {**fingerprint(dataset), "seed": config.seed}
     identity["phrases"] = zlib.crc32("\0".join(phrases).encode("utf-8", "replace"))
@@ -141,7 +156,29 @@ def make_train_loader(
         for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield to_batch(arrays, tokens)
 
-    return TrainLoader(stream, config.batch_size, identity, len(batch_of.order))
+    pictures = None
+    if features is not None:
+        identity["views"] = features.views
+        pictures = lambda number: to_batch(batch_of(number, pixels=True), tokens)
+    return TrainLoader(stream, config.batch_size, identity, len(batch_of.order), pictures)
+
+
+def view_of(dataset: Dataset, row: int, view: int, config: Config) -> np.ndarray:
+    """Pixels [Y, X, 3] uint8 of a picture as that turn of a training shows it."""
+    transform, change = _drawn(dataset.images[row], row, view, config)
+    return transforms.move_picture(transform, dataset.images[row].open(), change)
+
+
+def _drawn(
+    record: ImageRecord, row: int, turn: int, config: Config
+) -> tuple[transforms.Transform, Change | None]:
+    """Where a picture goes in a turn of the data, and how its pixels change."""
+    place = (config.seed, turn, row)
+    size = config.model.image_size
+    transform = transforms.draw_transform(
+        np.random.default_rng((*place, 1)), record.width, record.height, size, config.data
+    )
+    return transform, draw_change(np.random.default_rng((*place, 2)), config.data)
 
 
 def make_eval_loader(
@@ -195,8 +232,10 @@ class _TrainBatch:
         config: Config,
         shapes: Shapes,
         rows: _Rows,
+        features: FeatureStore | None = None,
     ) -> None:
         self._dataset, self._config, self._shapes, self._rows = dataset, config, shapes, rows
+        self._features = features
         self._names = asking.trained_phrases(dataset)
         self._text_ids = {phrase: k for k, phrase in enumerate(phrases)}
         self.order = Order(dataset, config.seed, config.data.repeat_threshold)
@@ -204,10 +243,12 @@ class _TrainBatch:
     def __repr__(self) -> str:
         return "TrainBatch"
 
-    def __call__(self, number: int) -> Arrays:
-        return stack([self._row(position) for position in self._rows(number)])
+    def __call__(self, number: int, pixels: bool = False) -> Arrays:
+        """pixels: pictures also where there are features."""
+        pixels |= self._features is None
+        return stack([self._row(position, pixels) for position in self._rows(number)])
 
-    def _row(self, position: int) -> Arrays:
+    def _row(self, position: int, pixels: bool) -> Arrays:
         config = self._config
         turn, row = self.order(position)
         record = self._dataset.images[row]
@@ -215,18 +256,15 @@ class _TrainBatch:
         questions = asking.training_questions(
             record, self._names, config.data, targets=self._shapes.targets, **place
         )
-        rng = np.random.default_rng((config.seed, turn, row, 1))
-        size = config.model.image_size
-        transform = transforms.draw_transform(rng, record.width, record.height, size, config.data)
+        view = turn if self._features is None else turn % self._features.views
+        transform, change = _drawn(record, row, view, config)
+        masks = config.loss.reads_masks
         arrays = example(
-            record,
-            questions,
-            transform,
-            self._text_ids,
-            self._shapes,
-            masks=config.loss.reads_masks,
-            change=draw_change(np.random.default_rng((config.seed, turn, row, 2)), config.data),
-        )
+            record, questions, transform, self._text_ids, self._shapes, masks=masks, change=change, pixels=pixels
+        )  # fmt: skip
+        if not pixels:
+            assert self._features is not None
+            arrays["images"] = self._features.read(row, view)
         return {**arrays, "image_id": np.array(row, np.int32), "image_valid": np.array(True)}
 
 

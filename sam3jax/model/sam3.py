@@ -86,7 +86,15 @@ class Sam3(nn.Module):
 
     def encode_image(self, images: jax.Array) -> ImageFeatures:
         """images [I, Y, X, 3] uint8 (or float, already normalised to mean 0) -> ImageFeatures."""
-        return ImageFeatures(self.neck(self.vit(normalised(images))))
+        return self.from_trunk(self.encode_trunk(images))
+
+    def encode_trunk(self, images: jax.Array) -> jax.Array:
+        """images as for `encode_image` -> the trunk's features [I, y, x, D]."""
+        return self.vit(normalised(images))
+
+    def from_trunk(self, features: jax.Array) -> ImageFeatures:
+        """Features [I, y, x, D] of `encode_trunk` -> ImageFeatures."""
+        return ImageFeatures(self.neck(features))
 
     def encode_text(self, tokens: jax.Array) -> TextFeatures:
         """tokens [V, N] int32 -> TextFeatures [V, N, D]."""

@@ -54,6 +54,10 @@ class Task(Protocol):
         """(what a run computes once, frozen without the weights that are then not needed)."""
         ...
 
+    def keep(self, frozen: Tree, data: Any, mesh: Mesh) -> None:
+        """Compute what the run keeps on disk of its frozen weights, before the first step; mostly nothing."""
+        ...
+
     def count(self, batch: Any) -> Any:
         """The totals that losses are divided by, as sums over one micro-batch of one device."""
         ...

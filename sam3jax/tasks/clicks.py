@@ -83,6 +83,9 @@ class Clicks:
         reads = CLICKS.reads or frozen["params"].keys()
         return None, {**frozen, "params": {k: v for k, v in frozen["params"].items() if k in reads}}
 
+    def keep(self, frozen: Tree, data: ClicksData, mesh: Mesh) -> None:
+        """Nothing."""
+
     def count(self, batch: ClickBatch) -> jax.Array:
         return (batch.valid & batch.image_valid[:, None]).sum().astype(jnp.float32)
 

@@ -17,6 +17,7 @@ from sam3jax.config import Config
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_datasets
 from sam3jax.data.describe import describe
+from sam3jax.data.features import FeatureStore
 from sam3jax.data.loader import TrainLoader, make_eval_loader, make_train_loader
 from sam3jax.data.prompts import balance, tokenize, vocabulary
 from sam3jax.data.tokenizer import Tokenizer
@@ -26,12 +27,17 @@ from sam3jax.inference.detector import Detector, encode_text
 from sam3jax.losses.detection import breakdown, loss_shares, with_f1
 from sam3jax.losses.totals import Totals, count_totals
 from sam3jax.model import Sam3
+from sam3jax.tasks.cached_trunk import empty_store, fill_store
 from sam3jax.tasks.validated import Validated
 from sam3jax.types import AXIS, Batch, Outputs, Prompts, TextFeatures
 from sam3jax.viewing.batches import draw_batch
 from sam3jax.viewing.draw import dataset_panel
 from sam3jax.viewing.shown import Shown
-from sam3jax.weights.trainable import merge, touches, without_text_tower
+from sam3jax.weights.trainable import (
+    merge,
+    touches,
+    without_text_tower,
+)
 from sam3jax.weights.tree import Tree
 
 
@@ -62,6 +68,8 @@ class Detection:
         self.config = config
         self.model = Sam3(config.model, train=True, backend=backend)
         self.asked = Sam3(config.model, backend=backend)
+        self._features: FeatureStore | None = None
+        self._loader: TrainLoader | None = None
 
     def open(self, tokenizer: Tokenizer) -> DetectionData:
         train, valid = open_datasets(self.config)
@@ -71,14 +79,24 @@ class Detection:
     def describe(self, data: DetectionData) -> Iterator[str]:
         yield from describe(data.train, self.config.model.queries)
         yield balance(data.train, self.config.data, self.config.seed)
+        if (store := self._features) is not None:
+            yield f"trunk features {store.pictures} pictures x {store.views} views, {store.size / 1e9:.1f} GB on the disk"
 
     def loader(self, data: DetectionData, **process: Any) -> TrainLoader:
-        return make_train_loader(
-            data.train, data.phrases, data.tokens, self.config, valid=data.valid, **process
-        )
+        self._features = empty_store(self.config, data.train, process.get("process_count", 1))
+        self._loader = make_train_loader(
+            data.train, data.phrases, data.tokens, self.config, valid=data.valid, features=self._features, **process
+        )  # fmt: skip
+        return self._loader
+
+    def keep(self, frozen: Tree, data: DetectionData, mesh: Mesh) -> None:
+        """Trunk features of the training pictures, where the run asks for them."""
+        if self._features is not None:
+            fill_store(self._features, self.config, data.train, self.asked, frozen, mesh)
 
     def draw(self, data: DetectionData, batch: Batch) -> Image.Image:
         records = data.train.images
+        batch = batch if self._loader is None else self._loader.with_pictures(batch)
         return draw_batch(batch, data.phrases, lambda k: records[int(batch.image_id[k])].file.name)
 
     def prepare(
@@ -158,7 +176,9 @@ def forward(
     rngs, prompts = {"dropout": key}, batch.prompts
     if text is None:
         text, prompts = encode_asked(model, variables, batch, key)
-    image: Any = model.apply(variables, batch.images, method="encode_image", rngs=rngs)
+    # What is no picture is what the trunk made of one.
+    method = "encode_image" if batch.images.dtype == jnp.uint8 else "from_trunk"
+    image: Any = model.apply(variables, batch.images, method=method, rngs=rngs)
     found: Any = model.apply(variables, image, text, prompts, method="detect", rngs=rngs)
     return found
 
