@@ -65,7 +65,8 @@ class Targets(struct.PyTreeNode):
 class Batch(struct.PyTreeNode):
     """One training or validation step's worth of pictures.
 
-    images [I, Y, X, 3] uint8, RGB, normalised on the device.
+    images [I, Y, X, 3] uint8, RGB, normalised on the device; with `cache_trunk` the trunk's features
+    [I, y, x, D] in the compute dtype.
     tokens [V, N] int32, the phrases that `prompts.text_id` numbers; 0 is padding.
     image_valid [I] bool, False for a repeated picture that only fills up the batch.
     image_id [I] int32, the row of the picture in its data set.

@@ -176,8 +176,8 @@ def forward(
     rngs, prompts = {"dropout": key}, batch.prompts
     if text is None:
         text, prompts = encode_asked(model, variables, batch, key)
-    # What is no picture is what the trunk made of one.
-    method = "encode_image" if batch.images.dtype == jnp.uint8 else "from_trunk"
+    # What has more than three channels is what the trunk made of a picture (`cache_trunk`).
+    method = "encode_image" if batch.images.shape[-1] == 3 else "from_trunk"
     image: Any = model.apply(variables, batch.images, method=method, rngs=rngs)
     found: Any = model.apply(variables, image, text, prompts, method="detect", rngs=rngs)
     return found
