@@ -29,6 +29,8 @@ from sam3jax.tasks.click_training import training_rounds
 from sam3jax.weights.model_folder import load_model_folder, open_model_folder, save_model_folder
 from sam3jax.weights.names import DEFAULT_PARTS, PARTS, parts_of
 
+# Clicks point at what is grey, dark and noisy as well: half of the pictures lose their colour.
+PIXELS = {"brightness": 0.4, "contrast": 0.4, "colour": 0.4, "grey": 0.5, "blur": 1.0, "noise": 20.0}
 ROOTS = ("tracker_neck", "prompt_encoder", "mask_decoder", "no_mem_embed")
 
 
@@ -67,7 +69,7 @@ def main() -> None:
     )
     data = DataConfig(
         train="shapes", shapes_concepts=options.concepts, shapes_train=options.pictures,
-        shapes_valid=60, flip=True, turn=True,
+        shapes_valid=60, flip=True, turn=True, **PIXELS,
     )  # fmt: skip
     config = Config(
         model=model_config,
