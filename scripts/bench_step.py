@@ -159,7 +159,8 @@ def parts(config: Config, repeats: int) -> dict[str, float]:
     )
     losses = lambda out: compute_losses(out, batch.targets, batch.prompts.valid, config.loss)[0]
     measure("loss", losses, outputs)
-    from sam3jax.losses.detection import gather_truth, match
+    from sam3jax.losses.matches import match
+    from sam3jax.losses.truth import gather_truth
 
     measure(
         "matching",

@@ -30,7 +30,14 @@ from sam3jax.weights.model_folder import load_model_folder, open_model_folder, s
 from sam3jax.weights.names import DEFAULT_PARTS, PARTS, parts_of
 
 # Clicks point at what is grey, dark and noisy as well: half of the pictures lose their colour.
-PIXELS = {"brightness": 0.4, "contrast": 0.4, "colour": 0.4, "grey": 0.5, "blur": 1.0, "noise": 20.0}
+PIXELS = {
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "colour": 0.4,
+    "grey": 0.5,
+    "blur": 1.0,
+    "noise": 20.0,
+}
 ROOTS = ("tracker_neck", "prompt_encoder", "mask_decoder", "no_mem_embed")
 
 

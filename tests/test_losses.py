@@ -18,8 +18,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from sam3jax.config import LossConfig
-from sam3jax.losses.detection import breakdown, compute_losses, match
+from sam3jax.losses.detection import breakdown, compute_losses
 from sam3jax.losses.masks import MaskPairs, mask_sums
+from sam3jax.losses.matches import match
 from sam3jax.losses.truth import gather_truth
 from sam3jax.types import Detections, Outputs
 from tests.loss_cases import (

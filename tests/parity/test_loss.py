@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch", reason="the torch oracle needs torch")
 pytest.importorskip("sam3", reason="the torch oracle needs the sam3 package")
 
 from sam3jax.config import LossConfig
-from sam3jax.losses.detection import breakdown, mask_pairs, match
+from sam3jax.losses.detection import breakdown
 from sam3jax.losses.masks import point_coordinates
+from sam3jax.losses.matches import mask_pairs, match
 from sam3jax.losses.truth import gather_truth
 from tests.loss_cases import LEAVES, Case, assert_same, random_case, run, to_outputs, to_targets
 from tests.parity import loss_reference as reference
