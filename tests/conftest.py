@@ -2,19 +2,14 @@
 
 import os
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
+
+from tests.xla import flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in flags:
-    # Tests run small programs once: compiling them is the time, so the optimizer's level is 0.
-    few = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    if version("jaxlib").startswith("0.10."):
-        # The older emitter of loops compiles three times faster. Later versions end at the flag.
-        few += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{flags} {few}"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags(8)}"
 
 import jax
 import pytest

@@ -13,6 +13,7 @@ import pytest
 
 from tests.batches import DECODER, SMALL_MODEL
 from tests.coco_folders import write_small_shapes
+from tests.xla import flags
 
 pytestmark = pytest.mark.slow
 
@@ -30,15 +31,14 @@ def data(tmp_path_factory):
 
 
 def run_processes(
-    count: int, devices: int, cache: Path, arguments: list[str], stop: str | None = None
+    count: int, devices: int, cache: Path, arguments: list[str], stop: str = ""
 ) -> list[str]:
     """What each of `count` processes of the training command said; fails where one failed.
 
     stop: behind this line of the first process the last one alone is sent SIGTERM; then all are to end by it.
     """
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = {
-        **os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache),
+        **os.environ, "XLA_FLAGS": flags(devices), "JAX_COMPILATION_CACHE_DIR": str(cache),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }  # fmt: skip
     command = [sys.executable, "-m", "sam3jax.train", *arguments]
@@ -69,21 +69,19 @@ def lines(run: Path) -> list[dict]:
 
 
 def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
-    def train(name: str, count: int, devices: int, stop: str | None = None) -> list[str]:
-        # Split over hosts, base and adapters: the harder case, and the same run.
+    def train(
+        name: str, count: int, devices: int, *, stop: str = "", shard: bool = False
+    ) -> list[str]:
         settings = {
-            "output": tmp_path / name,
-            "data.train": data,
-            "steps": 6,
-            "shard": count > 1,
-            **SETTINGS,
-        }
+            "output": tmp_path / name, "data.train": data, "steps": 6, "shard": shard, **SETTINGS,
+        }  # fmt: skip
         arguments = [f"{k}={v}" for k, v in settings.items()]
         return run_processes(count, devices, tmp_path / "cache", arguments, stop)
 
     train("one", count=1, devices=2)
+    # First each host holds all weights; then base and adapters are split over both. It is the same run.
     first = train("two", count=2, devices=1, stop="step 1/6")
-    then = train("two", count=2, devices=1)
+    then = train("two", count=2, devices=1, shard=True)
     assert "SIGTERM: " not in first[0]
     assert "SIGTERM: " in first[1]
     # They compare notes every fifth step.

@@ -1,0 +1,12 @@
+"""What XLA is told in tests. Imported before jax is."""
+
+from importlib.metadata import version
+
+
+def flags(devices: int) -> str:
+    """So many fake devices. Tests run small programs once: compiling them is the time, so its level is 0."""
+    told = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):
+        # The older emitter of loops compiles three times faster. Later versions end at the flag.
+        told += " --xla_cpu_use_fusion_emitters=false"
+    return told
