@@ -25,8 +25,21 @@ def ask(points=None, labels=None, boxes=None, mask=None):
         ({}, "nothing is asked"),
         ({"points": []}, "no point"),
         ({"points": [[[5, 5]], []]}, "no point"),
-        ({"points": [[5, 5, 5]]}, r"expected x, y"),
-        ({"points": [["a", "b"]]}, "numbers"),
+        ({"points": [[5, 5, 5]]}, r"expected \[\[x, y\]"),
+        ({"points": 5}, r"the shape \[\]: expected \[\[x, y\]"),
+        ({"points": [[[[5, 5]]]]}, r"expected \[\[x, y\]"),
+        ({"points": [["a", "b"]]}, "numbers in pixels; found"),
+        ({"points": "5,5"}, "numbers in pixels; found '5,5'"),
+        ({"points": {"x": 5}}, "numbers in pixels"),
+        ({"points": np.array([[True, False]])}, "numbers in pixels"),
+        ({"points": [[5 + 1j, 5]]}, "numbers in pixels"),
+        ({"points": [[None, 5]]}, "numbers in pixels"),
+        ({"points": [[5, 5], [6]]}, r"expected \[\[x, y\]"),
+        ({"points": np.zeros((0, 2))}, "no point"),
+        ({"points": [[5, 5]], "labels": ["inside"]}, r"labels are 1 inside .* found \['inside'\]"),
+        ({"points": [[5, 5]], "labels": [[1]]}, "labels have the shape"),
+        ({"points": [[5, 5]], "labels": [0.5]}, "label 0.5"),
+        ({"points": [[5, 5], [6, 6]], "labels": 1}, "labels have the shape"),
         ({"points": [[120, 5]]}, "point 120, 5 lies outside the picture, which is 120 x 80"),
         ({"points": [[5, -1]]}, "lies outside"),
         ({"points": [[5, 5]], "labels": [7]}, "label 7: 1 is inside"),
@@ -41,7 +54,17 @@ def ask(points=None, labels=None, boxes=None, mask=None):
         ({"boxes": [5, 5, 0, 5]}, "no area"),
         ({"boxes": [500, 5, 10, 5]}, "outside the picture"),
         ({"boxes": [5, 5, 10]}, "four numbers"),
+        ({"boxes": "5,5,9,9"}, "four numbers"),
+        ({"boxes": 5}, "four numbers"),
+        ({"boxes": [[5, 5, 9, 9], [5, 5]]}, r"box \[5, 5\]: expected four numbers"),
+        ({"boxes": [60, 60, -20, -20]}, "no area"),
+        ({"boxes": [0.1, 0.2, 0.5, 0.5]}, "shares of the picture"),
+        ({"boxes": []}, "nothing is asked"),
         ({"points": [[[5, 5]], [[6, 6]]], "boxes": [[5, 5, 9, 9]]}, "as many of each"),
+        ({"points": [[5, 5]], "mask": np.zeros((1, 3, 48, 48))}, "3 masks of each object"),
+        ({"mask": np.zeros((48, 48), np.uint8)}, "yes and no"),
+        ({"mask": [[1.0, 2.0], [3.0]]}, "no numbers"),
+        ({"mask": "mask.png"}, "no numbers"),
         ({"mask": np.zeros((80, 120))}, "expected the logits of an earlier answer, 48 x 48"),
         ({"mask": np.zeros((48, 48), bool)}, "yes and no"),
         ({"mask": np.full((48, 48), np.nan)}, "no number"),
@@ -62,6 +85,35 @@ def test_prompts_as_the_model_reads_them():
     found = ask(mask=np.ones((48, 48)))  # alone: no token, as published
     assert found.labels.tolist() == [[-2]]
     assert found.has_mask.all()
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        ({"points": [5, 6]}, {"points": [[5, 6]]}),
+        ({"points": (5, 6), "labels": 1}, {"points": [[5, 6]]}),
+        ({"points": iter([[5, 6]])}, {"points": [[5, 6]]}),
+        ({"points": np.array([[5, 6]], np.uint8)}, {"points": [[5, 6]]}),
+        ({"points": [[5, 6], [7, 8]], "labels": np.array([True, False])},
+         {"points": [[5, 6], [7, 8]], "labels": [1, 0]}),
+        ({"points": [[[5, 6]], [[7, 8]]], "labels": [1, 0]},
+         {"points": [[[5, 6]], [[7, 8]]], "labels": [[1], [0]]}),
+        ({"boxes": np.array([5, 5, 9, 9])}, {"boxes": [[5, 5, 9, 9]]}),
+        ({"mask": np.ones((1, 1, 48, 48), np.float16)}, {"mask": np.ones((48, 48))}),
+    ],
+)  # fmt: skip
+def test_the_one_sensible_reading_is_taken(given, same):
+    for found, expected in zip(ask(**given), ask(**same), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_tensors_of_torch_are_numbers_too():
+    torch = pytest.importorskip("torch")
+    found = ask(
+        torch.tensor([[5.0, 6.0]]), torch.tensor([1]), mask=torch.ones(48, 48, requires_grad=True)
+    )
+    for x, y in zip(found, ask([[5, 6]], [1], mask=np.ones((48, 48))), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")
