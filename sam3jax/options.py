@@ -127,9 +127,9 @@ def _predict(parser: Parser) -> None:
     clicks.add_argument(
         "--everything", action="store_true", help="masks of a grid of clicks, best ones kept"
     )
-    clicks.add_argument("--grid", type=_whole, default=32, metavar="N", help="clicks along an edge, default 32")  # fmt: skip
-    clicks.add_argument("--crops", type=int, choices=range(4), default=0, help="further layers of crops, default 0")  # fmt: skip
-    clicks.add_argument("--least-iou", type=float, default=0.88, metavar="IOU", help="least predicted IoU of a mask, default 0.88")  # fmt: skip
+    clicks.add_argument("--grid", type=_grid, metavar="N", help="with --everything: clicks along an edge, default 32")  # fmt: skip
+    clicks.add_argument("--crops", type=int, choices=range(4), help="with --everything: further layers of crops, default 0")  # fmt: skip
+    clicks.add_argument("--least-iou", type=_score, metavar="IOU", help="with --everything: least predicted IoU of a mask, default 0.88")  # fmt: skip
     video = parser.add_argument_group("videos")
     video.add_argument("--video", action="store_true", help="each folder named is one video")
     video.add_argument("--reverse", action="store_true", help="from the last frame to the first")
@@ -294,7 +294,8 @@ def _point(text: str) -> list[float]:
         values.append(1.0)
     if len(values) != 3:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected x,y in pixels and 1 (inside) or 0 (outside), for example 120,80,1"
+            f"{text!r}: expected x,y in pixels and 1 (inside) or 0 (outside), for example 120,80,1; pictures are "
+            "named before --points"
         )
     return values
 
@@ -306,8 +307,16 @@ def _whole(text: str) -> int:
 
 
 def _clicks(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 32:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 32")
+    return _at_most(text, 32)
+
+
+def _grid(text: str) -> int:
+    return _at_most(text, 512)  # a quarter of a million clicks
+
+
+def _at_most(text: str, most: int) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to {most}")
     return int(text)
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as rle_codec
 
 from sam3jax import predict
 from sam3jax.viewing.click_predictor import ClickPredictor
@@ -189,3 +190,46 @@ def test_the_command_clicks(tmp_path, picture, capsys):
     assert predict.main([*base, "--points", "30,40,7"]) == 2
     assert "label 7" in capsys.readouterr().err
     assert predict.main([*base, "--points", "30,40", "--everything"]) == 2
+    assert predict.main([*base, "--everything", "--grid", "1", "--least-iou", "1"]) == 0
+    assert "a smaller --least-iou keeps more" in capsys.readouterr().err
+    for wrong, words in (
+        (["--points", "30,40", "--threshold", "0.5"], "go with --phrase"),
+        (["--points", "30,40", "--grid", "4"], "go with --everything"),
+        (["--points", "30,40", "--video"], "clicks are for pictures"),
+    ):
+        assert predict.main([*base, *wrong]) == 2
+        assert words in capsys.readouterr().err
+    for wrong in (["--grid", "0"], ["--grid", "100000"], ["--least-iou", "nan"], ["--least-iou", "2"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            predict.main([*base, "--everything", *wrong])
+
+
+def test_a_click_outside_one_of_several_pictures_fails_that_picture_only(tmp_path, picture, capsys):
+    picture.save(tmp_path / "a.png")
+    picture.crop((0, 0, 20, 20)).save(tmp_path / "b.png")
+    pages = [picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    pages[0].save(tmp_path / "c.tif", save_all=True, append_images=pages[1:])
+    base = ["--model", "shipped:tiny_shapes", "--output", str(tmp_path / "out"), "--points", "30,40"]  # fmt: skip
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    assert predict.main([*files, *base, "--format", "yolo"]) == 1
+    said = capsys.readouterr()
+    assert "b.png: point 30, 40 lies outside the picture, which is 20 x 20" in said.err
+    assert "1 of 2 pictures failed" in said.err
+    assert "as yolo" in said.out
+    assert len(json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]) == 1
+    found = []
+    for frame in ("0", "1"):
+        assert predict.main([str(tmp_path / "c.tif"), *base, "--frame", frame]) == 0
+        found += json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]
+    assert found[0]["area"] != found[1]["area"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 60), (17, 9)])
+def test_everything_of_a_tiny_picture_decodes_to_its_size(predictor, size):
+    found = everything(
+        predictor, Image.new("RGB", size, "red"), GridOptions(side=2, crops=3, iou=0, stability=0)
+    )
+    for record in found:
+        mask = rle_codec.decode(record["segmentation"])
+        assert mask.shape == size[::-1]
+        assert mask.sum() == record["area"] > 0
