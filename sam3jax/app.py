@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 from sam3jax.errors import exit_status
 from sam3jax.options import parse
 from sam3jax.viewing.click_page import build, gradio, launch
-from sam3jax.viewing.click_predictor import ClickPredictor
 from sam3jax.viewing.click_session import Side, Studio
 from sam3jax.viewing.predictor import Predictor
 from sam3jax.weights.run_folder import open_run_base, read_run
@@ -42,10 +41,9 @@ def _run(options: argparse.Namespace) -> int:
 def sides(run: str | None, model: str | None = None) -> list[Side]:
     """Tuned and base of a run, or a model alone."""
     if run is None:
-        folder = model or SHIPPED
-        return [Side("model", ClickPredictor.from_model_folder(folder), Predictor.from_model_folder(folder))]  # fmt: skip
+        return [Side("model", Predictor.from_model_folder(model or SHIPPED))]
     return [
-        Side(name, ClickPredictor.from_run(run, base=base), Predictor.from_run(run, base=base))
+        Side(name, Predictor.from_run(run, base=base))
         for name, base in (("tuned", False), ("base", True))
     ]
 

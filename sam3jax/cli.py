@@ -14,7 +14,7 @@ from sam3jax.errors import USER_ERROR
 DOORS = {
     "train": ("sam3jax.train", "train a detector on your pictures"),
     "evaluate": ("sam3jax.evaluate", "measure a run, and compare it with its base"),
-    "predict": ("sam3jax.predict", "find phrases in pictures"),
+    "predict": ("sam3jax.predict", "find phrases, or what is clicked on, in pictures and videos"),
     "app": ("sam3jax.app", "a page to click in, in the browser"),
     "doctor": ("sam3jax.doctor", "say what was read from a data set, and what is odd"),
     "plan": ("sam3jax.plan", "say whether a training fits a device, here or elsewhere"),

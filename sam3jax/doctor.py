@@ -170,7 +170,9 @@ def _write(
                 found.append(str(error))
         histograms(splits, folder / "histograms.png")
         _write_tables(folder, path, files, splits, notes, [*errors, *found])
-    except (OSError, FileError) as error:
+    except FileError as error:
+        print(f"nothing written for you to look at: {error}")
+    except OSError as error:
         print(f"nothing written for you to look at: {error}; give --output a folder")
         return found
     print(

@@ -16,7 +16,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # before the heavy imports, so that --help answers at once
@@ -32,19 +31,18 @@ from sam3jax.data.pictures import DataError
 from sam3jax.data.video_sets import pictures_of, videos_named
 from sam3jax.data.videos import VideoDataset
 from sam3jax.errors import exit_status, plain
-from sam3jax.evaluate_clicks import evaluate_clicks
+from sam3jax.evaluate_clicks import evaluate_clicks, output_folder
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_run
 from sam3jax.evaluation.comparison import compare, summary, write_evaluation
 from sam3jax.evaluation.metrics import Evaluation
 from sam3jax.evaluation.steadiness import steadiness_of
 from sam3jax.evaluation.tracks import evaluate_tracks
-from sam3jax.files import FileError, make_folder, write_json
+from sam3jax.files import write_json
 from sam3jax.inference.detector import Detector
 from sam3jax.options import parse
 from sam3jax.training.mesh import local_mesh
 from sam3jax.video.predictor import VideoPredictor
 from sam3jax.viewing.shown import Shown
-from sam3jax.weights.base import is_run_folder
 from sam3jax.weights.run_folder import Run, read_run
 
 COMMANDS = {"clicks": evaluate_clicks}  # of tasks that are not about phrases
@@ -83,7 +81,7 @@ def evaluate_command(
 
     videos: those whose frames `dataset` is; their tracks are measured too.
     """
-    output = _output(run, options.output)
+    output = output_folder(run, options.output)
     probe = open_dataset(run.config, options.probe, options.probe_split) if options.probe else None
     config = run.config.evaluation
     keep = max(detections_to_keep(d, config) for d in (dataset, probe or dataset))
@@ -120,14 +118,6 @@ def _tracks(run: Run, videos: VideoDataset, base: bool) -> dict[str, float]:
         run.model, run.asked(base), run.tokenizer, run.config.evaluation, thresholds
     )
     return evaluate_tracks(predictor, videos)
-
-
-def _output(run: Run, output: str | None) -> Path:
-    """Raises FileError for another run's folder: its own evaluation would be replaced."""
-    folder = Path(output or run.path)
-    if is_run_folder(folder) and folder.resolve() != run.path.resolve():
-        raise FileError(f"{output} is another run's folder: give another --output")
-    return make_folder(folder)
 
 
 def _dataset(config: Config, data: str | None, split: str | None) -> Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +15,20 @@ from sam3jax.data.datasets import read_dataset_of, read_datasets
 from sam3jax.data.ledger import DataError
 from sam3jax.data.records import Dataset
 from sam3jax.evaluation.click_report import print_clicks
-from sam3jax.files import make_folder
+from sam3jax.files import FileError, make_folder
 from sam3jax.tasks.clicks import Clicks, ClicksData
 from sam3jax.training.mesh import backend_of, local_mesh, put_replicated
+from sam3jax.weights.base import is_run_folder
 from sam3jax.weights.run_folder import Run
+
+
+def output_folder(run: Run, output: str | None) -> Path:
+    """Where results go, refused before minutes are spent: FileError where nothing can be written, or for
+    another run's folder, whose own evaluation would be replaced."""
+    folder = Path(output or run.path)
+    if is_run_folder(folder) and folder.resolve() != run.path.resolve():
+        raise FileError(f"{output} is another run's folder: give another --output")
+    return make_folder(folder)
 
 
 def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -29,6 +40,7 @@ def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         raise DataError("--probe is for runs on phrases: give the second data set to --data")
     config = _whole(run.config, options.clicks)
     dataset = _dataset(config, options.data, options.split)
+    output = output_folder(run, options.output)
     mesh = local_mesh()
     task = Clicks(config, backend_of(mesh))
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -41,7 +53,6 @@ def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
     found = ask(run.asked(options.base))
     before = ask(run.asked(base=True)) if options.compare else None
-    output = make_folder(options.output or run.path)
     which = "base" if options.base else "tuned"
     found.write(output, before, {"run": str(run.path), "step": run.step, "weights": which})
     for name, panel in found.panels():

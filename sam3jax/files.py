@@ -25,6 +25,8 @@ def make_folder(path: str | Path) -> Path:
     except OSError as error:
         why = "there is a file" if isinstance(error, FileExistsError) else error.strerror
         raise FileError(f"cannot write to {path}: {why}; give another folder") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FileError(f"cannot write to {path}: Permission denied; give another folder")
     return Path(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,17 +19,32 @@ def parse(command: str, arguments: Sequence[str] | None, prog: str = "") -> argp
     """
     parser = Parser(prog=prog or f"python -m sam3jax.{command}", allow_abbrev=False)
     PARSERS[command](parser)
+    # `--box -5,10,40,30` is a box that reaches over the edge, and no option.
+    parser._negative_number_matcher = re.compile(r"-[\d.][\d.,e-]*$")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if command in TAKE_SETTINGS:
         words = _settings_as_words(words, parser)
+    for flag in (word.partition("=")[0] for word in words):
+        if re.match(r"--[a-z]", flag) and flag not in parser._option_string_actions:
+            parser.error(f"there is no option {flag}{_meant(flag, parser)}")
     return parser.parse_intermixed_args(words)
+
+
+def _meant(flag: str, parser: Parser) -> str:
+    """The option that is spelt most like this one, for a sentence."""
+    close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def _train(parser: Parser) -> None:
     parser.description = (
         "Train a SAM 3 detector. An interrupted run continues with the same command."
     )
-    parser.add_argument("--config", help="YAML file, see configs/")
+    parser.epilog = (
+        "For example: sam3jax train --config lora_coco init=sam3.pt data.train=my_folder output=runs/mine. Names of "
+        "the package need no path; a name that does not exist lists them."
+    )
+    parser.add_argument("--config", help="YAML file, or a name such as lora_coco")
     _add_settings(parser)
     hosts = parser.add_argument_group(
         "many hosts", "the same command on each; the run folder on a disk that all of them see"
@@ -68,7 +84,7 @@ def _evaluate(parser: Parser) -> None:
 
 
 def _predict(parser: Parser) -> None:
-    parser.description = "Find phrases in pictures."
+    parser.description = "Find phrases, or what is clicked on, in pictures; phrases in videos."
     parser.add_argument("pictures", nargs="+", help="files, folders or globs; or films")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
@@ -127,9 +143,9 @@ def _predict(parser: Parser) -> None:
     clicks.add_argument(
         "--everything", action="store_true", help="masks of a grid of clicks, best ones kept"
     )
-    clicks.add_argument("--grid", type=_whole, default=32, metavar="N", help="clicks along an edge, default 32")  # fmt: skip
-    clicks.add_argument("--crops", type=int, choices=range(4), default=0, help="further layers of crops, default 0")  # fmt: skip
-    clicks.add_argument("--least-iou", type=float, default=0.88, metavar="IOU", help="least predicted IoU of a mask, default 0.88")  # fmt: skip
+    clicks.add_argument("--grid", type=_grid, metavar="N", help="with --everything: clicks along an edge, default 32")  # fmt: skip
+    clicks.add_argument("--crops", type=int, choices=range(4), help="with --everything: further layers of crops, default 0")  # fmt: skip
+    clicks.add_argument("--least-iou", type=_score, metavar="IOU", help="with --everything: least predicted IoU of a mask, default 0.88")  # fmt: skip
     video = parser.add_argument_group("videos")
     video.add_argument("--video", action="store_true", help="each folder named is one video")
     video.add_argument("--reverse", action="store_true", help="from the last frame to the first")
@@ -146,7 +162,7 @@ def _plan(parser: Parser) -> None:
         "The step is compiled for the device, which need not be here (pip install 'sam3jax[plan]'). Exit status 1: "
         "it does not fit."
     )
-    parser.add_argument("--config", help="YAML file, see configs/")
+    parser.add_argument("--config", help="YAML file, or a name such as lora_coco")
     parser.add_argument(
         "--device", metavar="CARD[:N]", help="h100, a100-40, t4, v5e:8, ...; default: what is here"
     )
@@ -260,8 +276,12 @@ def _settings_as_words(words: list[str], parser: Parser) -> list[str]:
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
-        kind = None if flag in known or not re.match(r"--[a-z]", flag) else _kind_of(flag[2:])
-        if kind is None:
+        is_setting = flag not in known and bool(re.match(r"--[a-z]", flag))
+        kind = _kind_of(flag[2:]) if is_setting else None
+        if kind is None and is_setting and not _meant(flag, parser) and (equals or words):
+            # No setting has this name: reading the settings says so, and which one is meant.
+            kept.append(f"{flag[2:]}={value if equals else words.pop(0)}")
+        elif kind is None:
             kept.append(word)
             # The value of an option is no setting, whatever it looks like.
             if flag in known and not equals and words and parser._option_string_actions[flag].nargs != 0:  # fmt: skip
@@ -294,7 +314,8 @@ def _point(text: str) -> list[float]:
         values.append(1.0)
     if len(values) != 3:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected x,y in pixels and 1 (inside) or 0 (outside), for example 120,80,1"
+            f"{text!r}: expected x,y in pixels and 1 (inside) or 0 (outside), for example 120,80,1; pictures are "
+            "named before --points"
         )
     return values
 
@@ -306,8 +327,16 @@ def _whole(text: str) -> int:
 
 
 def _clicks(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 32:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 32")
+    return _at_most(text, 32)
+
+
+def _grid(text: str) -> int:
+    return _at_most(text, 512)  # a quarter of a million clicks
+
+
+def _at_most(text: str, most: int) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to {most}")
     return int(text)
 
 

@@ -82,6 +82,9 @@ def _run(options: argparse.Namespace) -> int:
         raise PromptError(
             "--base is the model that a run started from: give --run, or leave --base out"
         )
+    grid = (options.grid, options.crops, options.least_iou)
+    if any(x is not None for x in grid) and not options.everything:
+        raise PromptError("--grid, --crops and --least-iou go with --everything")
     if wants_clicks(options):
         return _run_clicks(options)
     if not options.phrase and not options.box:
@@ -119,13 +122,17 @@ def _run(options: argparse.Namespace) -> int:
         asked = predictor.of_videos(threshold=options.threshold, options=chunk)
         return int(bool(predict_videos(asked, files, options, output, predictor.reading)))
     failed = predict_files(predictor, files, output, options)
-    done = len(files) - failed
-    print(f"{done} pictures done, results in {output / 'predictions.json'}")
+    return _finish(options, len(files), failed, output)
+
+
+def _finish(options: argparse.Namespace, files: int, failed: int, output: Path) -> int:
+    """Say what was written, write it in other formats too; the exit code."""
+    print(f"{files - failed} pictures done, results in {output / PREDICTIONS}")
     for kind in dict.fromkeys(options.format):
         found = json.loads((output / PREDICTIONS).read_text())
         print(f"as {kind}: {export(found, kind, output)}")
     if failed:
-        print(f"error: {failed} of {len(files)} pictures failed, see above", file=sys.stderr)
+        print(f"error: {failed} of {files} pictures failed, see above", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -140,13 +147,16 @@ def _run_clicks(options: argparse.Namespace) -> int:
         raise PromptError(
             "ask one thing: phrases and boxes (with --tile: phrases), or --points, or --everything"
         )
+    if options.threshold is not None or options.nms is not None:
+        raise PromptError("--threshold and --nms go with --phrase; --least-iou sifts --everything")
+    if wants_video(options):
+        raise PromptError("a video is asked with --phrase; clicks are for pictures")
     files = find_pictures(options.pictures)
     names = [] if options.no_overlay else [overlay_name(n, f) for n, f in enumerate(files, 1)]
-    check_results(options.output, names, files)
+    check_results(options.output, [*names, *(WRITTEN[kind] for kind in options.format)], files)
     output = make_folder(options.output)
     failed = predict_clicks(options, files, output)
-    print(f"{len(files) - failed} pictures done, results in {output / 'predictions.json'}")
-    return 1 if failed else 0
+    return _finish(options, len(files), failed, output)
 
 
 def _refuse_repeats(phrases: Sequence[str]) -> None:

@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_codec
 
+from sam3jax.data.exporters import WRITTEN
 from sam3jax.data.ledger import DataError
 from sam3jax.data.pictures import open_rgb
-from sam3jax.errors import plain
+from sam3jax.errors import plain, remark
+from sam3jax.viewing.asking import PromptError
 from sam3jax.viewing.click_predictor import ClickPredictor
 from sam3jax.viewing.everything import GridOptions, everything
 from sam3jax.viewing.results import Record, clear_stale
@@ -29,7 +31,7 @@ def wants_clicks(options: argparse.Namespace) -> bool:
 def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: Path) -> int:
     """Ask about every file, write overlays and predictions.json; how many pictures failed.
 
-    Raises PromptError for clicks that do not fit the pictures.
+    Raises PromptError for clicks that do not fit the only picture; of several, that one fails.
     """
     predictor = (
         ClickPredictor.from_model_folder(options.model)
@@ -39,16 +41,19 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
     predictor.reading = replace(predictor.reading, megapixels=options.max_megapixels)
     names = [] if options.no_overlay else [overlay_name(n, f) for n, f in enumerate(files, 1)]
     clear_stale(output, names, files)
-    failed = 0
-    with Record(output, names, ["object"]) as record:
+    failed, masks_found = 0, 0
+    written = [*names, *(WRITTEN[kind] for kind in options.format)]
+    with Record(output, written, ["object"]) as record:
         for number, file in enumerate(files, start=1):
             try:
-                picture = open_rgb(file, reading=predictor.reading)
-            except DataError as error:
+                picture = open_rgb(file, frame=options.frame, reading=predictor.reading)
+                found = _ask(predictor, picture, options)
+            except (DataError, PromptError) as error:
+                if isinstance(error, PromptError) and len(files) == 1:
+                    raise
                 failed += 1
                 print(f"{plain(file)}: {plain(error)}", file=sys.stderr)
                 continue
-            found = _ask(predictor, picture, options)
             width, height = picture.size
             record.image({"id": number, "file_name": str(file), "width": width, "height": height})
             for entry in found:
@@ -60,7 +65,12 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
                 predictor.picture = picture  # a crop may have been the last one
                 drawn = predictor.draw(masks, [c[:2] for c in clicks], [c[2] for c in clicks])
                 drawn.save(output / overlay_name(number, file))
+            masks_found += len(found)
             print(f"[{number}/{len(files)}] {plain(file)}: {len(found)} masks")
+    if options.everything and not masks_found and failed < len(files):
+        remark(
+            "no mask was sure enough: a smaller --least-iou keeps more, a larger --grid clicks closer together"
+        )
     return failed
 
 
@@ -73,7 +83,8 @@ def _ask(
     predictor: ClickPredictor, picture: Image.Image, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     if options.everything:
-        grid = GridOptions(options.grid, options.crops, iou=options.least_iou)
+        given = {"side": options.grid, "crops": options.crops, "iou": options.least_iou}
+        grid = GridOptions(**{name: value for name, value in given.items() if value is not None})
         return everything(predictor, picture, grid)
     predictor.set_image(picture)
     found = []

@@ -128,7 +128,7 @@ def train(
             batch = put_batch(batch, task.batch_spec, mesh, micro)
             compiles = number == first + 1
             # No hidden copies.
-            with log.busy("compiling", compiles), jax.transfer_guard("disallow"):
+            with log.busy("compiling (a minute or two)", compiles), jax.transfer_guard("disallow"):
                 state, metrics = step(state, frozen, prepared, batch)
             steps.add(number, metrics)
             stop, late = interruptions.after(number)

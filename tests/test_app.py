@@ -101,7 +101,7 @@ class Clicks:
 
 
 def test_clicks_go_back_with_the_last_mask_and_can_be_taken_back(picture, tmp_path):
-    side = Side("model", Clicks(), None)
+    side = Side("model", Clicks())
     studio = Studio([side])
     with pytest.raises(PromptError, match="no picture yet"):
         studio.click(Work(), 5, 5, 1)
@@ -109,11 +109,11 @@ def test_clicks_go_back_with_the_last_mask_and_can_be_taken_back(picture, tmp_pa
     with pytest.raises(PromptError, match="begin with one inside"):
         studio.click(work, 20, 20, 0)
     studio.click(work, 20, 20, 1)
-    assert side.clicks.asked[2]
-    assert side.clicks.shown is None
+    assert side.model.asked[2]
+    assert side.model.shown is None
     studio.click(work, 30, 25, 0)
-    assert side.clicks.asked == ([(20, 20), (30, 25)], [1, 0], False)
-    np.testing.assert_array_equal(side.clicks.shown, work.rounds[0].logits[0])
+    assert side.model.asked == ([(20, 20), (30, 25)], [1, 0], False)
+    np.testing.assert_array_equal(side.model.shown, work.rounds[0].logits[0])
     work.rounds.pop()
     studio.finish(work)
     studio.click(work, 40, 30, 1)

@@ -12,7 +12,7 @@ import pytest
 
 import sam3jax
 from sam3jax import cli
-from sam3jax.config import load_config
+from sam3jax.config import ConfigError, load_config
 from sam3jax.errors import UserError, exit_status
 from sam3jax.options import PARSERS, parse
 
@@ -185,6 +185,34 @@ def test_a_setting_without_its_value_is_named(capsys):
     with pytest.raises(SystemExit):
         parse("train", ["--steps"])
     assert "--steps: expected a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("train", ["--confg", "x"], "no option --confg, did you mean --config?"),
+        ("train", ["--nonsense"], "no option --nonsense"),
+        ("predict", ["a.png", "--run", "r", "--phrse", "cat"], "did you mean --phrase?"),
+        ("predict", ["a.png", "--run", "r", "--phrase=cat", "--points=5"], "expected x,y in pixels"),
+        ("predict", ["--run", "r", "--points", "5,5", "a.png"], "pictures are named before --points"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_option_is_named(command, words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(command, words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_misspelt_setting_is_named_also_where_it_is_written_as_an_option():
+    with pytest.raises(ConfigError, match="unknown config key stpes, did you mean steps"):
+        load_config(None, parse("train", ["--stpes", "5"]).overrides)
+
+
+def test_numbers_below_zero_are_no_options():
+    options = parse("predict", ["a.png", "--run", "r", "--box", "-5,10,40,30", "--points", "-1,5.5,0"])  # fmt: skip
+    assert options.box == [[-5, 10, 40, 30]]
+    assert options.points == [[[-1, 5.5, 0]]]
 
 
 def test_predict_takes_pictures_before_and_after_its_options():

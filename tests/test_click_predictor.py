@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as rle_codec
 
 from sam3jax import predict
 from sam3jax.viewing.click_predictor import ClickPredictor
@@ -25,8 +26,21 @@ def ask(points=None, labels=None, boxes=None, mask=None):
         ({}, "nothing is asked"),
         ({"points": []}, "no point"),
         ({"points": [[[5, 5]], []]}, "no point"),
-        ({"points": [[5, 5, 5]]}, r"expected x, y"),
-        ({"points": [["a", "b"]]}, "numbers"),
+        ({"points": [[5, 5, 5]]}, r"expected \[\[x, y\]"),
+        ({"points": 5}, r"the shape \[\]: expected \[\[x, y\]"),
+        ({"points": [[[[5, 5]]]]}, r"expected \[\[x, y\]"),
+        ({"points": [["a", "b"]]}, "numbers in pixels; found"),
+        ({"points": "5,5"}, "numbers in pixels; found '5,5'"),
+        ({"points": {"x": 5}}, "numbers in pixels"),
+        ({"points": np.array([[True, False]])}, "numbers in pixels"),
+        ({"points": [[5 + 1j, 5]]}, "numbers in pixels"),
+        ({"points": [[None, 5]]}, "numbers in pixels"),
+        ({"points": [[5, 5], [6]]}, r"expected \[\[x, y\]"),
+        ({"points": np.zeros((0, 2))}, "no point"),
+        ({"points": [[5, 5]], "labels": ["inside"]}, r"labels are 1 inside .* found \['inside'\]"),
+        ({"points": [[5, 5]], "labels": [[1]]}, "labels have the shape"),
+        ({"points": [[5, 5]], "labels": [0.5]}, "label 0.5"),
+        ({"points": [[5, 5], [6, 6]], "labels": 1}, "labels have the shape"),
         ({"points": [[120, 5]]}, "point 120, 5 lies outside the picture, which is 120 x 80"),
         ({"points": [[5, -1]]}, "lies outside"),
         ({"points": [[5, 5]], "labels": [7]}, "label 7: 1 is inside"),
@@ -41,7 +55,17 @@ def ask(points=None, labels=None, boxes=None, mask=None):
         ({"boxes": [5, 5, 0, 5]}, "no area"),
         ({"boxes": [500, 5, 10, 5]}, "outside the picture"),
         ({"boxes": [5, 5, 10]}, "four numbers"),
+        ({"boxes": "5,5,9,9"}, "four numbers"),
+        ({"boxes": 5}, "four numbers"),
+        ({"boxes": [[5, 5, 9, 9], [5, 5]]}, r"box \[5, 5\]: expected four numbers"),
+        ({"boxes": [60, 60, -20, -20]}, "no area"),
+        ({"boxes": [0.1, 0.2, 0.5, 0.5]}, "shares of the picture"),
+        ({"boxes": []}, "nothing is asked"),
         ({"points": [[[5, 5]], [[6, 6]]], "boxes": [[5, 5, 9, 9]]}, "as many of each"),
+        ({"points": [[5, 5]], "mask": np.zeros((1, 3, 48, 48))}, "3 masks of each object"),
+        ({"mask": np.zeros((48, 48), np.uint8)}, "yes and no"),
+        ({"mask": [[1.0, 2.0], [3.0]]}, "no numbers"),
+        ({"mask": "mask.png"}, "no numbers"),
         ({"mask": np.zeros((80, 120))}, "expected the logits of an earlier answer, 48 x 48"),
         ({"mask": np.zeros((48, 48), bool)}, "yes and no"),
         ({"mask": np.full((48, 48), np.nan)}, "no number"),
@@ -62,6 +86,35 @@ def test_prompts_as_the_model_reads_them():
     found = ask(mask=np.ones((48, 48)))  # alone: no token, as published
     assert found.labels.tolist() == [[-2]]
     assert found.has_mask.all()
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        ({"points": [5, 6]}, {"points": [[5, 6]]}),
+        ({"points": (5, 6), "labels": 1}, {"points": [[5, 6]]}),
+        ({"points": iter([[5, 6]])}, {"points": [[5, 6]]}),
+        ({"points": np.array([[5, 6]], np.uint8)}, {"points": [[5, 6]]}),
+        ({"points": [[5, 6], [7, 8]], "labels": np.array([True, False])},
+         {"points": [[5, 6], [7, 8]], "labels": [1, 0]}),
+        ({"points": [[[5, 6]], [[7, 8]]], "labels": [1, 0]},
+         {"points": [[[5, 6]], [[7, 8]]], "labels": [[1], [0]]}),
+        ({"boxes": np.array([5, 5, 9, 9])}, {"boxes": [[5, 5, 9, 9]]}),
+        ({"mask": np.ones((1, 1, 48, 48), np.float16)}, {"mask": np.ones((48, 48))}),
+    ],
+)  # fmt: skip
+def test_the_one_sensible_reading_is_taken(given, same):
+    for found, expected in zip(ask(**given), ask(**same), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_tensors_of_torch_are_numbers_too():
+    torch = pytest.importorskip("torch")
+    found = ask(
+        torch.tensor([[5.0, 6.0]]), torch.tensor([1]), mask=torch.ones(48, 48, requires_grad=True)
+    )
+    for x, y in zip(found, ask([[5, 6]], [1], mask=np.ones((48, 48))), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +190,46 @@ def test_the_command_clicks(tmp_path, picture, capsys):
     assert predict.main([*base, "--points", "30,40,7"]) == 2
     assert "label 7" in capsys.readouterr().err
     assert predict.main([*base, "--points", "30,40", "--everything"]) == 2
+    assert predict.main([*base, "--everything", "--grid", "1", "--least-iou", "1"]) == 0
+    assert "a smaller --least-iou keeps more" in capsys.readouterr().err
+    for wrong, words in (
+        (["--points", "30,40", "--threshold", "0.5"], "go with --phrase"),
+        (["--points", "30,40", "--grid", "4"], "go with --everything"),
+        (["--points", "30,40", "--video"], "clicks are for pictures"),
+    ):
+        assert predict.main([*base, *wrong]) == 2
+        assert words in capsys.readouterr().err
+    for wrong in (["--grid", "0"], ["--grid", "100000"], ["--least-iou", "nan"], ["--least-iou", "2"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            predict.main([*base, "--everything", *wrong])
+
+
+def test_a_click_outside_one_of_several_pictures_fails_that_picture_only(tmp_path, picture, capsys):
+    picture.save(tmp_path / "a.png")
+    picture.crop((0, 0, 20, 20)).save(tmp_path / "b.png")
+    pages = [picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    pages[0].save(tmp_path / "c.tif", save_all=True, append_images=pages[1:])
+    base = ["--model", "shipped:tiny_shapes", "--output", str(tmp_path / "out"), "--points", "30,40"]  # fmt: skip
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    assert predict.main([*files, *base, "--format", "yolo"]) == 1
+    said = capsys.readouterr()
+    assert "b.png: point 30, 40 lies outside the picture, which is 20 x 20" in said.err
+    assert "1 of 2 pictures failed" in said.err
+    assert "as yolo" in said.out
+    assert len(json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]) == 1
+    found = []
+    for frame in ("0", "1"):
+        assert predict.main([str(tmp_path / "c.tif"), *base, "--frame", frame]) == 0
+        found += json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]
+    assert found[0]["area"] != found[1]["area"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 60), (17, 9)])
+def test_everything_of_a_tiny_picture_decodes_to_its_size(predictor, size):
+    found = everything(
+        predictor, Image.new("RGB", size, "red"), GridOptions(side=2, crops=3, iou=0, stability=0)
+    )
+    for record in found:
+        mask = rle_codec.decode(record["segmentation"])
+        assert mask.shape == size[::-1]
+        assert mask.sum() == record["area"] > 0

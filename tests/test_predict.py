@@ -21,6 +21,7 @@ from sam3jax.model import Interactive
 from sam3jax.predict import Detections, Predictor, PromptError, find_pictures
 from sam3jax.viewing import click_predictor
 from sam3jax.viewing import predictor as predictor_module
+from sam3jax.viewing.asking import box_in_picture
 from sam3jax.viewing.click_predictor import ClickPredictor
 from tests.small_run import small_run
 
@@ -86,9 +87,9 @@ def test_predictions_equal_those_of_evaluation(run, predictor, tmp_path):
 
 def test_the_backbone_runs_once_for_several_phrases(predictor, monkeypatch):
     calls = []
-    real = predictor._detector.encode_image
+    real = predictor._detector.encode_trunk
     count = lambda *arguments: calls.append(1) or real(*arguments)
-    monkeypatch.setattr(predictor._detector, "encode_image", count)
+    monkeypatch.setattr(predictor._detector, "encode_trunk", count)
     predictor.set_image(photograph(40, 30))
     found = {phrase: predictor.predict(phrase) for phrase in ("red circle", "blue dog", "tree")}
     assert len(calls) == 1
@@ -125,7 +126,7 @@ def test_a_box_that_shows_nothing_is_refused(predictor, boxes, complaint):
 
 
 def test_a_box_over_the_edge_is_cut():
-    assert predictor_module.box_in_picture((70, 50, 20, 20), 80, 60) == [
+    assert box_in_picture((70, 50, 20, 20), 80, 60) == [
         75 / 80,
         55 / 60,
         10 / 80,
@@ -180,7 +181,8 @@ def test_pictures_are_read_as_the_run_read_them(run, tmp_path, monkeypatch):
     want = np.rint(np.stack([values * k / 10 for k in (1, 2, 3)], -1))
     monkeypatch.setattr(predictor_module, "read_run", lambda _: tuned)
     ours = Predictor.from_run(run.path)
-    monkeypatch.setattr(ours._detector, "encode_image", lambda *_: None)
+    for method in ("encode_trunk", "from_trunk"):
+        monkeypatch.setattr(ours._detector, method, lambda *_: None)
     ours.set_image(tmp_path / "scan_2.png")
     clicks = ClickPredictor(Interactive(run.config.model), {"params": {}}, ours.reading)
     monkeypatch.setattr(click_predictor, "encode_picture", lambda *_: None)

@@ -141,6 +141,7 @@ def test_curves_survive_repeats_gaps_and_a_line_cut_off(tmp_path):
 
 def test_a_bare_run_and_moved_data_still_give_a_report(run, tmp_path):
     (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "metrics.jsonl").touch()
     Page(report.write_report(tmp_path / "bare").read_text())
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -154,8 +155,11 @@ def test_a_bare_run_and_moved_data_still_give_a_report(run, tmp_path):
 def test_what_is_no_run_folder_is_one_sentence(tmp_path, capsys):
     with pytest.raises(DataError, match="no run folder"):
         report.write_report(tmp_path / "nowhere")
-    assert main([str(tmp_path / "nowhere")]) == 2
-    assert "no run folder" in capsys.readouterr().err
+    (tmp_path / "photographs").mkdir()
+    for name in ("nowhere", "photographs"):
+        assert main([str(tmp_path / name)]) == 2
+        assert "no run folder" in capsys.readouterr().err
+    assert not list((tmp_path / "photographs").iterdir())
 
 
 @pytest.mark.parametrize("width", [500, 1400])

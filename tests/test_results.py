@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from sam3jax import predict
+from sam3jax import files, predict
 from sam3jax.errors import plain
 from sam3jax.files import FileError, write_json
 from sam3jax.viewing.results import check_results, info
@@ -87,3 +87,9 @@ def test_wrong_questions_are_refused_before_a_model_is_read(words, said, photos,
 
 def test_names_move_no_cursor():
     assert plain("a\x1b[2Jb\nc é 杯") == "a\\x1b[2Jb\\nc é 杯"
+
+
+def test_a_folder_without_the_right_to_write_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    with pytest.raises(FileError, match="Permission denied; give another folder"):
+        files.make_folder(tmp_path / "results")

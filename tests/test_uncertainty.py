@@ -44,6 +44,7 @@ def test_metrics_of_drawn_sets_equal_those_of_the_data_made_of_them(seed):
                 assert not np.isfinite(per_draw[draw]), (name, draw)
     assert checked > 60
     assert {"segm/AP", "segm/AP50", "bbox/AP75", "recall", "false_alarms", "cgF1"} <= set(values)
+    assert {f"{kind}/{name}{size}" for kind in ("segm", "bbox") for name in ("AP", "AR") for size in ("", "_small", "_medium")} <= set(values)  # fmt: skip
 
 
 def test_intervals_hold_the_metric_and_shrink_with_the_pictures():
@@ -74,3 +75,27 @@ def test_very_many_detections_are_drawn_less_often_but_alike():
     assert (len(few), len(many)) == (200, 40)
     np.testing.assert_array_equal(few[:40], many)
     assert set(few.sum(1)) == {7}
+
+
+def test_instances_of_one_picture_alone_have_no_interval():
+    raw, results = random_case(3)
+    medium = lambda a: a["area"] > 950
+    assert "segm/AP_medium" in measure(read(raw), results).resample()
+    first = next(a["image_id"] for a in raw["annotations"] if a["area"] > 1100)
+    raw["annotations"] = [a for a in raw["annotations"] if not medium(a) or a["image_id"] == first]
+    found = measure(read(raw), results)
+    assert found.metrics["segm/AP_medium"] >= 0
+    assert "segm/AP_medium" not in found.resample()
+    assert "segm/AP_small" in found.resample()
+
+
+def test_pictures_without_objects_are_drawn_too():
+    raw, results = random_case(1)
+    bare = {i["id"] for i in raw["images"][:3]}
+    raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] not in bare]
+    results = [r for r in results if r["image_id"] != raw["images"][0]["id"]]
+    found = measure(read(raw), results)
+    assert found.metrics["false_alarms_empty"] == pytest.approx(2 / 3)
+    low, high = intervals(found.resample())["false_alarms_empty"]
+    assert low == 0
+    assert high == 1

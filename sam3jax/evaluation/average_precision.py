@@ -16,13 +16,13 @@ from pycocotools.cocoeval import COCOeval
 from sam3jax.evaluation.ground_truth import IouType, Results, Truth, result_region
 from sam3jax.evaluation.uncertainty import Judged, judged
 
-_AREAS = ("", "_small", "_medium", "_large")  # pycocotools' area ranges: 32 and 96 pixels squared
+AREAS = ("", "_small", "_medium", "_large")  # pycocotools' area ranges: 32 and 96 pixels squared
 
 
 def coco_metrics(
     truth: Truth, predictions: Results, kind: IouType
-) -> tuple[dict[str, float], dict[int, dict[str, float]], list[Judged]]:
-    """pycocotools' AP and AR: of all categories, and of each; and each category's matches.
+) -> tuple[dict[str, float], dict[int, dict[str, float]], list[list[Judged]]]:
+    """pycocotools' AP and AR: of all categories, and of each; and for each range of AREAS each category's matches.
 
     AP, AP50, AP75, AR, each also _small, _medium, _large (but AP50 and AP75). Against pycocotools'
     traps: annotations are numbered from 1 (0 reads as "no match"), as many detections count as there
@@ -62,7 +62,7 @@ def coco_metrics(
 
 def _summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     values = {"AP50": precision[0, ..., 0], "AP75": precision[5, ..., 0]}
-    for area, suffix in enumerate(_AREAS):
+    for area, suffix in enumerate(AREAS):
         values |= {f"AP{suffix}": precision[..., area], f"AR{suffix}": recall[..., area]}
     # -1 stands for "no such instances".
     known = {name: value[value > -1] for name, value in values.items()}

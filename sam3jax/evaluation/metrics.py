@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sam3jax.data.coco import Dataset
-from sam3jax.evaluation.average_precision import coco_metrics
+from sam3jax.evaluation.average_precision import AREAS, coco_metrics
 from sam3jax.evaluation.concepts import (
     Found,
     category_row,
@@ -27,7 +27,7 @@ from sam3jax.evaluation.concepts import (
     tally,
 )
 from sam3jax.evaluation.ground_truth import Pair, Truth
-from sam3jax.evaluation.uncertainty import RECALLS, Judged, average_precision, draws_of
+from sam3jax.evaluation.uncertainty import RECALLS, Judged, averages, draws_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def measure(
     rows: dict[Any, dict[str, Any]] = {
         i: {"category": dataset.categories[i]} for i in truth.categories
     }
-    matches: dict[str, list[Judged]] = {}
+    matches: dict[str, list[list[Judged]]] = {}
     for kind in truth.kinds:
         overall, of_each, matches[kind] = coco_metrics(truth, kept, kind)
         metrics |= {f"{kind}/{name}": value for name, value in overall.items()}
@@ -96,32 +96,41 @@ def measure(
 
 
 def _resampled(
-    truth: Truth, found: Sequence[Found], matches: Mapping[str, list[Judged]]
+    truth: Truth, found: Sequence[Found], matches: Mapping[str, list[list[Judged]]]
 ) -> dict[str, np.ndarray]:
     """Metric -> its value in each drawn set of the pictures."""
     places = {image: n for n, image in enumerate(truth.images)}
     if len(places) < 2:
         return {}
-    detections = sum(len(c.scores) for categories in matches.values() for c in categories)
+    detections = sum(len(c.scores) for areas in matches.values() for c in areas[0])
     weights = draws_of(len(places), detections)
     values: dict[str, np.ndarray] = {}
-    for kind, categories in matches.items():
-        by_iou = average_precision(categories, weights, RECALLS)
-        values |= {
-            f"{kind}/AP": by_iou.mean(1),
-            f"{kind}/AP50": by_iou[:, 0],
-            f"{kind}/AP75": by_iou[:, 5],
-        }
+    for kind, areas in matches.items():
+        for suffix, categories in zip(AREAS, areas, strict=True):
+            if np.count_nonzero(sum(c.instances for c in categories)) < 2:
+                continue  # one picture's instances, however often it is drawn, say nothing of others
+            by_iou = averages(categories, weights, RECALLS)
+            values[f"{kind}/AP{suffix}"] = by_iou.precision.mean(1)
+            values[f"{kind}/AR{suffix}"] = by_iou.recall.mean(1)
+            if not suffix:
+                values |= {f"{kind}/AP{n}": by_iou.precision[:, k] for n, k in ((50, 0), (75, 5))}
     by_picture: dict[int, list[Found]] = defaultdict(list)
     for one in found:
         by_picture[places[one.pair[0]]].append(one)
     counts = np.stack([tally(by_picture[n]) for n in range(len(places))])
     values |= concept_metrics(weights @ counts)
-    alarms, absent = np.zeros((2, len(places)))
+    alarms, absent, disturbed = np.zeros((3, len(places)))
     for one in found:
+        n = places[one.pair[0]]
+        disturbed[n] = max(disturbed[n], one.found > 0)
         if not truth.pairs[one.pair]:
-            absent[places[one.pair[0]]] += 1
-            alarms[places[one.pair[0]]] += one.found > 0
-    asked = weights @ absent
-    values["false_alarms"] = np.where(asked > 0, weights @ alarms / np.maximum(asked, 1), np.nan)
+            absent[n] += 1
+            alarms[n] += one.found > 0
+    empty = np.array([not image.annotations for image in truth.images.values()])
+    values["false_alarms"] = _share(weights @ alarms, weights @ absent)
+    values["false_alarms_empty"] = _share(weights @ (disturbed * empty), weights @ empty)
     return values
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)

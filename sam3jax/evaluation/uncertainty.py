@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval
@@ -29,7 +29,8 @@ class Judged:
     """The detections of one category, strongest first, as COCOeval matched them.
 
     scores [D]; image [D]: place of the picture; right, wrong [T, D] bool for each IoU threshold: neither where
-    a detection is excused; instances [N]: those that count, in each of N pictures.
+    a detection is excused, and those excused at every threshold are left out; instances [N]: those that
+    count, in each of N pictures.
     """
 
     scores: np.ndarray
@@ -39,59 +40,66 @@ class Judged:
     instances: np.ndarray
 
 
-def judged(evaluator: COCOeval) -> list[Judged]:
-    """Of each category of an evaluator behind `evaluate()`, for instances of any size."""
+def judged(evaluator: COCOeval) -> list[list[Judged]]:
+    """Of each range of areas, each category of an evaluator behind `evaluate()`."""
     p = evaluator.params
-    images, areas = len(p.imgIds), len(p.areaRng)
-    found = []
-    for k in range(len(p.catIds)):
-        first = k * areas * images  # all sizes come first
-        rows = [(n, r) for n, r in enumerate(evaluator.evalImgs[first : first + images]) if r]
-        instances = np.zeros(images, int)
-        for n, row in rows:
-            instances[n] = int((np.asarray(row["gtIgnore"]) == 0).sum())
-        scores = np.concatenate(
-            [np.asarray(r["dtScores"], float) for _, r in rows] or [np.zeros(0)]
-        )
-        order = np.argsort(-scores, kind="mergesort")
-        place = np.repeat([n for n, _ in rows], [len(r["dtScores"]) for _, r in rows]).astype(int)
-        none = np.zeros((len(p.iouThrs), 0))
-        matches, ignored = (
-            np.concatenate([np.asarray(r[key]) for _, r in rows] or [none], axis=1)[:, order]
-            for key in ("dtMatches", "dtIgnore")
-        )
-        right, counts = matches != 0, ignored == 0
-        found.append(
-            Judged(scores[order], place[order], right & counts, ~right & counts, instances)
-        )
-    return found
+    areas = range(len(p.areaRng))
+    return [[_judged(evaluator, k, area) for k in range(len(p.catIds))] for area in areas]
 
 
-def average_precision(
-    categories: Sequence[Judged], weights: np.ndarray, recalls: np.ndarray
-) -> np.ndarray:
-    """AP at each IoU threshold [W, T] where picture n counts weights[:, n] times; weights [W, N].
+def _judged(evaluator: COCOeval, category: int, area: int) -> Judged:
+    p = evaluator.params
+    images = len(p.imgIds)
+    first = (category * len(p.areaRng) + area) * images
+    rows = [(n, r) for n, r in enumerate(evaluator.evalImgs[first : first + images]) if r]
+    instances = np.zeros(images, int)
+    for n, row in rows:
+        instances[n] = int((np.asarray(row["gtIgnore"]) == 0).sum())
+    scores = np.concatenate([np.asarray(r["dtScores"], float) for _, r in rows] or [np.zeros(0)])
+    place = np.repeat([n for n, _ in rows], [len(r["dtScores"]) for _, r in rows]).astype(int)
+    none = np.zeros((len(p.iouThrs), 0))
+    matches, ignored = (
+        np.concatenate([np.asarray(r[key]) for _, r in rows] or [none], axis=1)
+        for key in ("dtMatches", "dtIgnore")
+    )
+    counts = ignored == 0
+    order = np.argsort(-scores, kind="mergesort")
+    order = order[counts.any(0)[order]]
+    right, wrong = (matches != 0) & counts, (matches == 0) & counts
+    return Judged(scores[order], place[order], right[:, order], wrong[:, order], instances)
+
+
+class Averages(NamedTuple):
+    """AP and AR at each IoU threshold in each drawn set, [W, T]; nan where no category has an instance."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+
+
+def averages(categories: Sequence[Judged], weights: np.ndarray, recalls: np.ndarray) -> Averages:
+    """AP and AR where picture n counts weights[:, n] times; weights [W, N].
 
     As COCOeval accumulates: precision made falling, read at `recalls`, mean over the categories that have
-    an instance; nan where none has.
+    an instance.
     """
     thresholds = len(categories[0].right) if categories else 0
-    total = np.zeros((len(weights), thresholds))
+    precisions, found = np.zeros((2, len(weights), thresholds))
     number = np.zeros((len(weights), 1))
     for c in categories:
         there = weights @ c.instances  # [W]
         number[:, 0] += there > 0
-        for w in np.flatnonzero(there):
+        for w in np.flatnonzero(there if len(c.scores) else 0 * there):
             times = weights[w, c.image]
             hits, misses = np.cumsum(c.right * times, axis=1), np.cumsum(c.wrong * times, axis=1)
+            found[w] += hits[:, -1] / there[w]
             precision = hits / np.maximum(hits + misses, 1e-300)
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             for t in range(thresholds):
                 place = np.searchsorted(hits[t] / there[w], recalls, side="left")
                 place = place[place < precision.shape[1]]
-                total[w, t] += precision[t, place].sum() / len(recalls)
+                precisions[w, t] += precision[t, place].sum() / len(recalls)
     with np.errstate(invalid="ignore"):
-        return np.where(number > 0, total / number, np.nan)
+        return Averages(*(np.where(number > 0, x / number, np.nan) for x in (precisions, found)))
 
 
 def draws_of(images: int, detections: int = 0) -> np.ndarray:

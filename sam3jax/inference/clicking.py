@@ -48,6 +48,13 @@ def encode_picture(model: Interactive, variables: Variables, image: jax.Array) -
     return features
 
 
+@partial(jax.jit, static_argnums=0)
+def from_trunk(model: Interactive, variables: Variables, trunk: jax.Array) -> ClickFeatures:
+    """trunk [1, y, x, D]: what `Detector.encode_trunk` made of the picture."""
+    features: Any = model.apply(variables, trunk, method="features")
+    return features
+
+
 def decode(
     model: Interactive,
     variables: Variables,

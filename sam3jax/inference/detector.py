@@ -53,7 +53,15 @@ class Detector:
 
     def encode_image(self, variables: Variables, images: np.ndarray) -> ImageFeatures:
         """images [I, Y, X, 3] uint8, squashed to the model's square; I a multiple of the mesh's size."""
-        return _encode_image(self.model, self.mesh, variables, images)
+        return _encode_image(self.model, self.mesh, "encode_image", variables, images)
+
+    def encode_trunk(self, variables: Variables, images: np.ndarray) -> jax.Array:
+        """images as for `encode_image` -> the trunk's features [I, y, x, D], which clicks read too."""
+        return _encode_image(self.model, self.mesh, "encode_trunk", variables, images)
+
+    def from_trunk(self, variables: Variables, features: jax.Array) -> ImageFeatures:
+        """Features of `encode_trunk` -> what `encode_image` gives."""
+        return _encode_image(self.model, self.mesh, "from_trunk", variables, features)
 
     def encode_text(self, variables: Variables, tokens: np.ndarray) -> TextFeatures:
         """tokens [V, N]."""
@@ -77,12 +85,12 @@ class _Options(NamedTuple):
 
 
 # The model is a static argument: two detectors of one model share what is compiled.
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _encode_image(
-    model: Sam3, mesh: Mesh, variables: Variables, images: jax.Array
-) -> ImageFeatures:
+    model: Sam3, mesh: Mesh, method: str, variables: Variables, images: jax.Array
+) -> Any:
     def encode(variables: Variables, images: jax.Array) -> Any:
-        return model.apply(variables, images, method="encode_image")
+        return model.apply(variables, images, method=method)
 
     split = jax.shard_map(encode, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
     return split(variables, images)

@@ -21,13 +21,13 @@ from PIL import Image
 from sam3jax.data import transforms
 from sam3jax.data.datasets import reading_of
 from sam3jax.data.pictures import DEFAULT, Reading
-from sam3jax.inference.clicking import Answers, Variables, decode, encode_picture
+from sam3jax.inference.clicking import Answers, Variables, decode, encode_picture, from_trunk
 from sam3jax.model import Interactive
 from sam3jax.types import ClickFeatures
+from sam3jax.viewing.asking import Picture, PromptError, as_rgb, shown
+from sam3jax.viewing.click_heads import has_heads, heads_below
 from sam3jax.viewing.click_prompts import prompted
 from sam3jax.viewing.draw import Instance, overlay
-from sam3jax.viewing.predictor import Picture, PromptError, as_rgb
-from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import load_model_folder
 from sam3jax.weights.run_folder import read_run
 from sam3jax.weights.scope import CLICKS
@@ -61,9 +61,8 @@ class ClickPredictor:
         """
         run = read_run(path)
         variables = dict(run.asked(base))
-        if "mask_decoder" not in variables["params"]:
-            below = open_base(run.config.model_copy(update={"task": "clicks"})).load().params
-            variables["params"] = {**below, **variables["params"]}
+        if not has_heads(variables):
+            variables["params"] = {**heads_below(run.config), **variables["params"]}
         return cls(Interactive(run.config.model), variables, reading_of(run.config.data))
 
     @classmethod
@@ -76,11 +75,17 @@ class ClickPredictor:
 
     def set_image(self, picture: Picture) -> None:
         """A file, a PIL picture, or an array [Y, X, 3] or [Y, X] of uint8. Raises DataError."""
-        self.picture = as_rgb(picture, self.reading)
+        asked = as_rgb(picture, self.reading)
         size = self._model.config.image_size
-        transform = transforms.square(*self.picture.size, size)
-        pixels = transforms.move_picture(transform, np.asarray(self.picture))[None]
+        transform = transforms.square(*asked.size, size)
+        pixels = transforms.move_picture(transform, np.asarray(asked))[None]
         self._features = encode_picture(self._model, self._variables, pixels)
+        self.picture = asked
+
+    def set_trunk(self, picture: Image.Image, trunk: jax.Array) -> None:
+        """A picture of mode RGB that this model's trunk has seen: trunk [1, y, x, D], its features."""
+        self._features = from_trunk(self._model, self._variables, trunk)
+        self.picture = picture
 
     def predict(
         self,
@@ -100,13 +105,15 @@ class ClickPredictor:
         picture, c = self.picture, self._model.config
         if picture is None or self._features is None:
             raise PromptError("no picture yet: call set_image first")
+        if not isinstance(multimask, bool | np.bool_ | int):
+            raise PromptError(f"multimask is {shown(multimask)}: expected True or False")
         asked = prompted(
             points, labels, boxes, mask,
             width=picture.width, height=picture.height, size=c.image_size, grid=c.grid,
         )  # fmt: skip
         return decode(
             self._model, self._variables, self._features, asked, (picture.height, picture.width),
-            multimask=multimask, offset=STABILITY_OFFSET,
+            multimask=bool(multimask), offset=STABILITY_OFFSET,
         )  # fmt: skip
 
     def draw(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from sam3jax.clicks import ABSENT, BOX_END, BOX_START, INSIDE, OUTSIDE
 from sam3jax.inference.clicking import Prompted
 from sam3jax.model.prompt_encoder import PADDING
-from sam3jax.viewing.predictor import PromptError, box_in_picture
+from sam3jax.viewing.asking import PromptError, box_in_picture, box_list, numbers, shown
 
 
 def prompted(
@@ -37,7 +37,8 @@ def prompted(
     if not counts:
         raise PromptError("nothing is asked: give points, boxes or a mask")
     if len(counts) > 1:
-        told = [f"{len(x)} {n}" for n, x in (("lists of points", points), ("boxes", boxes), ("masks", masks)) if x is not None]  # fmt: skip
+        given = (("object(s) with points", points), ("box(es)", boxes), ("mask(s)", masks))
+        told = [f"{len(x)} {name}" for name, x in given if x is not None]
         raise PromptError(f"{' and '.join(told)}: give as many of each, one for each object")
     (rows,) = counts
     clicks = [np.zeros((0, 2))] * rows if points is None else points
@@ -65,15 +66,17 @@ def _points(
         if labels is not None:
             raise PromptError("labels without points: give a point for each label")
         return None, []
-    single = len(points) > 0 and np.ndim(points[0]) == 1
-    rows = [points] if single else list(points)
-    kinds = [labels] if single and labels is not None else labels
-    if kinds is None:
-        kinds = [[INSIDE] * len(row) for row in rows]
-    if not rows or not all(len(row) for row in rows):
+    rows, is_single = _objects(points)
+    if not rows or not all(row.size for row in rows):
         raise PromptError("an object has no point: give each at least one, as x, y in pixels")
+    if labels is None:
+        kinds: list[Any] = [np.full(row.shape[:1], INSIDE) for row in rows]
+    else:
+        kinds = [labels] if is_single else _each(labels)
     if len(kinds) != len(rows):
-        raise PromptError(f"{len(rows)} objects with points but labels of {len(kinds)}")
+        raise PromptError(
+            f"{len(rows)} objects with points but labels of {len(kinds)}: give a list of labels for each object"
+        )
     found = [_clicks(row, kind, width, height) for row, kind in zip(rows, kinds, strict=True)]
     every = np.concatenate([click for click, _ in found])
     if every.max() <= 1 and (every % 1).any() and min(width, height) > 2:
@@ -84,15 +87,43 @@ def _points(
     return [click for click, _ in found], [kind for _, kind in found]
 
 
-def _clicks(
-    points: Sequence, labels: Any, width: int, height: int
-) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        at, kind = np.asarray(points, float), np.asarray(labels, float)
-    except (TypeError, ValueError):
-        raise PromptError("points are x, y in pixels, and labels 1 or 0: numbers") from None
+_FORM = "[[x, y], ...] of one object, or a list of such for each of several"
+
+
+def _objects(points: Any) -> tuple[list[np.ndarray], bool]:
+    """Points of each object, and whether one object was given without a list around it."""
+    if isinstance(points, Iterator):
+        points = list(points)
+    at = numbers(points)
+    if at is None:  # lists of unequal lengths, or no numbers
+        rows = [numbers(row) for row in _each(points)]
+        if any(row is None for row in rows):
+            raise PromptError(f"points are {_FORM}, numbers in pixels; found {shown(points)}")
+        return [row for row in rows if row is not None], False
+    if at.shape == (2,):
+        return [at[None]], True
+    return ([at], True) if at.ndim < 3 else (list(at), False)
+
+
+def _each(values: Any) -> list[Any]:
+    """The parts of a list or an array; of anything else, nothing is known."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return [values]
+    return list(values)
+
+
+def _clicks(at: np.ndarray, labels: Any, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    kind = numbers(labels, bools=True)
+    if kind is None:
+        raise PromptError(f"labels are 1 inside the object, 0 outside; found {shown(labels)}")
     if at.ndim != 2 or at.shape[1] != 2:
-        raise PromptError(f"points have the shape {list(at.shape)}: expected x, y of each, [A, 2]")
+        raise PromptError(f"points have the shape {list(at.shape)}: expected {_FORM}")
+    if kind.ndim == 0 and len(at) == 1:
+        kind = kind[None]
+    if kind.ndim != 1:
+        raise PromptError(
+            f"labels have the shape {list(kind.shape)}: expected a label for each point, in lists as the points"
+        )
     if kind.shape != at.shape[:1]:
         raise PromptError(f"{len(at)} points but {kind.size} labels: give one for each point")
     if not np.isfinite(at).all():
@@ -113,28 +144,41 @@ def _clicks(
 
 def _boxes(boxes: Any, width: int, height: int) -> np.ndarray | None:
     """[B, 4] left, top, right, bottom in pixels."""
-    if boxes is None or not len(boxes):
-        return None
-    rows = [boxes] if np.ndim(boxes[0]) == 0 else boxes
     corners = []
-    for box in rows:
+    for box in box_list(boxes):
         x, y, w, h = box_in_picture(box, width, height)
         corners.append([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height])  # fmt: skip
-    return np.array(corners)
+    return np.array(corners) if corners else None
 
 
 def _masks(mask: Any, edge: int) -> np.ndarray | None:
     if mask is None:
         return None
-    masks = np.asarray(mask)
+    masks, wanted = numbers(mask, bools=True), f"{edge} x {edge} of this model, one for each object"
+    if masks is None:
+        raise PromptError(
+            f"the mask holds no numbers: expected the logits of an earlier answer, {wanted}"
+        )
+    if not np.issubdtype(_type(mask), np.floating):
+        raise PromptError(
+            f"the mask is of {_type(mask)}, yes and no: expected the logits of an earlier answer, "
+            "numbers below and above 0"
+        )
+    if masks.ndim == 4 and masks.shape[1] == 1:  # as they are answered without multimask
+        masks = masks[:, 0]
     masks = masks[None] if masks.ndim == 2 else masks
+    if masks.ndim == 4 and masks.shape[2:] == (edge, edge):
+        raise PromptError(
+            f"{masks.shape[1]} masks of each object: show one of them, such as logits[:, ious[0].argmax()]"
+        )
     if masks.ndim != 3 or masks.shape[1:] != (edge, edge):
         raise PromptError(
-            f"the mask has the shape {list(np.shape(mask))}: expected the logits of an earlier answer, "
-            f"{edge} x {edge} of this model, one for each object"
+            f"the mask has the shape {list(np.shape(mask))}: expected the logits of an earlier answer, {wanted}"
         )
-    if masks.dtype == bool:
-        raise PromptError("the mask is yes and no: expected the logits of an earlier answer")
     if not np.isfinite(masks).all():
         raise PromptError("the mask holds a value that is no number")
     return masks.astype(np.float32)
+
+
+def _type(mask: Any) -> np.dtype:
+    return np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask).dtype

@@ -16,7 +16,6 @@ from PIL import Image
 
 from sam3jax.data.collecting import add_to_set
 from sam3jax.data.pictures import open_rgb
-from sam3jax.viewing.click_predictor import ClickPredictor
 from sam3jax.viewing.draw import Instance, overlay
 from sam3jax.viewing.predictor import Predictor, PromptError
 
@@ -24,11 +23,10 @@ Click = tuple[float, float, int]  # x, y in the picture's pixels, and 1 inside o
 
 
 class Side(NamedTuple):
-    """One model: what the page calls it, and how it is asked by click and by phrase."""
+    """One model, and what the page calls it."""
 
     name: str
-    clicks: ClickPredictor
-    phrases: Predictor
+    model: Predictor
 
 
 class Round(NamedTuple):
@@ -70,7 +68,7 @@ class Studio:
 
     def open(self, file: Path) -> Work:
         """Begin with another picture. Raises DataError."""
-        picture = open_rgb(file, reading=self.sides[0].clicks.reading)
+        picture = open_rgb(file, reading=self.sides[0].model.reading)
         return Work(file, picture, done=[[] for _ in self.sides])
 
     def click(self, work: Work, x: float, y: float, label: int) -> Round:
@@ -83,10 +81,12 @@ class Studio:
         answers = []
         with self._turn:
             for k, side in enumerate(self.sides):
-                self._set(side.clicks, picture)
+                self._set(side.model, picture)
                 before = work.rounds[-1].logits[k] if work.rounds else None
                 first = before is None  # one click may mean several things
-                found = side.clicks.predict(points, labels, mask=before, multimask=first)
+                found = side.model.predict(
+                    points=points, labels=labels, mask=before, multimask=first
+                )
                 best = int(found.ious[0].argmax())
                 answers.append((found.masks[0, best], float(found.ious[0, best]), found.logits[0, best]))  # fmt: skip
         masks, ious, logits = zip(*answers, strict=True)
@@ -97,12 +97,12 @@ class Studio:
         """All instances of a phrase become masks that are done; how many each side found."""
         picture = _picture(work)
         for side in self.sides:
-            side.phrases.check_phrase(phrase)
+            side.model.check_phrase(phrase)
         work.rounds, counts = [], []
         with self._turn:
             for k, side in enumerate(self.sides):
-                self._set(side.phrases, picture)
-                masks = [m for m in side.phrases.predict(phrase).decode_masks() if m.any()]
+                self._set(side.model, picture)
+                masks = [m for m in side.model.predict(phrase).decode_masks() if m.any()]
                 work.done[k] = masks
                 counts.append(len(masks))
         return counts
@@ -127,7 +127,7 @@ class Studio:
         marks = Instance("", (0, 0, 0, 0), clicks=tuple((x, y, bool(k)) for x, y, k in work.clicks))
         return overlay(_picture(work), [*shown, marks])
 
-    def _set(self, asked: ClickPredictor | Predictor, picture: Image.Image) -> None:
+    def _set(self, asked: Predictor, picture: Image.Image) -> None:
         """The trunk looks at a picture once, however often it is asked about."""
         if self._at.get(id(asked)) is not picture:
             asked.set_image(picture)

@@ -47,7 +47,10 @@ def everything(
 
 
 def crop_boxes(width: int, height: int, options: GridOptions) -> list[tuple[int, int, int, int]]:
-    """left, top, right, bottom of the picture and of its crops, layer by layer."""
+    """left, top, right, bottom of the picture and of its crops, layer by layer.
+
+    A picture of few pixels has few crops: those without a pixel are left out.
+    """
     boxes = [(0, 0, width, height)]
     for layer in range(1, options.crops + 1):
         n = 2**layer
@@ -57,7 +60,7 @@ def crop_boxes(width: int, height: int, options: GridOptions) -> list[tuple[int,
             for y in range(n):
                 left, top = x * (wide - shared), y * (high - shared)
                 boxes.append((left, top, min(left + wide, width), min(top + high, height)))
-    return boxes
+    return list(dict.fromkeys(b for b in boxes if b[0] < b[2] and b[1] < b[3]))
 
 
 def grid_points(side: int, width: int, height: int) -> np.ndarray:

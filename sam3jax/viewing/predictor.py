@@ -4,13 +4,14 @@ predictor = Predictor.from_run("runs/run")
 predictor.set_image("photograph.jpg")
 found = predictor.predict("red circle")          # Detections: scores, boxes_xyxy, masks
 predictor.draw({"red circle": found}).show()
+found = predictor.predict(points=[[120, 80]])    # Answers: one object, three masks
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -21,41 +22,50 @@ from sam3jax.config import EvalConfig
 from sam3jax.data import transforms
 from sam3jax.data.datasets import reading_of
 from sam3jax.data.frames import open_frames
-from sam3jax.data.pictures import DEFAULT, DataError, Reading, open_rgb
+from sam3jax.data.ledger import DataError
+from sam3jax.data.pictures import DEFAULT, Reading
 from sam3jax.data.prompts import VISUAL
 from sam3jax.data.tokenizer import Tokenizer
-from sam3jax.errors import UserError
+from sam3jax.inference.clicking import Answers
 from sam3jax.inference.detector import Detector, Variables
 from sam3jax.inference.full_size import Detections, fetch, full_size
 from sam3jax.inference.tiles import Tile, merged, put_back, tiles_of
-from sam3jax.model import Sam3
-from sam3jax.types import ImageFeatures, Prompts, TextFeatures
+from sam3jax.model import Interactive, Sam3
+from sam3jax.types import ImageFeatures, TextFeatures
 from sam3jax.video.chunks import ChunkOptions
 from sam3jax.video.objects import VideoFrame
 from sam3jax.video.predictor import VideoPredictor
+from sam3jax.viewing.asking import (
+    Picture,
+    PixelBox,
+    PromptError,
+    as_rgb,
+    box_list,
+    exemplars,
+    numbers,
+    shown,
+)
+from sam3jax.viewing.click_heads import PARTS, has_heads, heads_below
+from sam3jax.viewing.click_predictor import ClickPredictor
 from sam3jax.viewing.draw import Instance, overlay
-from sam3jax.weights.model_folder import load_model_folder
+from sam3jax.weights.model_folder import load_params, load_tokenizer, open_model_folder
 from sam3jax.weights.run_folder import read_run
 from sam3jax.weights.start import model_folder
 
-PixelBox = Sequence[float]  # left, top, width, height in the picture's pixels
-Picture = str | Path | Image.Image | np.ndarray
-
-
-class PromptError(UserError):
-    """What is asked cannot be asked; the message says why and what to do."""
+__all__ = ["Picture", "PixelBox", "Predictor", "PromptError"]
 
 
 class Predictor:
     """Asks a model about a picture, or about several at once; the backbone runs once per picture.
 
-    It finds all instances of a phrase or of what boxes show. One object by points, a box or a mask:
-    sam3jax.ClickPredictor.
+    It finds all instances of a phrase or of what boxes show, and, where the weights hold the interactive
+    heads, one object by points, a box or a mask.
 
     thresholds: phrase -> score from which a detection counts; others use config.threshold. Each thing is found
     once: config.shown_nms says from which overlap on two finds are one.
     mesh: devices of this process, over which pictures are split; None: the first one.
     reading: how files become pixels, as in the run's training.
+    heads: reads the interactive heads at the first click, where `variables` do not hold them.
     """
 
     def __init__(
@@ -67,14 +77,18 @@ class Predictor:
         thresholds: Mapping[str, float] | None = None,
         mesh: Mesh | None = None,
         reading: Reading = DEFAULT,
+        heads: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self.config = config or EvalConfig()
         self.thresholds, self.reading = dict(thresholds or {}), reading
+        self._heads = heads
         self._size = model.config.image_size
         self._detector = Detector(model, self.config, mesh)
         self._variables, self._tokenizer = self._detector.place(variables), tokenizer
         self._texts: dict[str, TextFeatures] = {}
+        self._trunk: jax.Array | None = None
         self._images: ImageFeatures | None = None
+        self._clicks: ClickPredictor | None = None
         self.pictures: list[Image.Image] = []
 
     @classmethod
@@ -84,22 +98,18 @@ class Predictor:
         """From a run folder, with its chosen thresholds; base: the model that the run started from."""
         run = read_run(path)
         thresholds = {} if base else run.thresholds
-        reading = reading_of(run.config.data)
         return cls(
-            run.model,
-            run.asked(base),
-            run.tokenizer,
-            run.config.evaluation,
-            thresholds,
-            mesh,
-            reading,
-        )
+            run.model, run.asked(base), run.tokenizer, run.config.evaluation, thresholds, mesh,
+            reading_of(run.config.data), lambda: heads_below(run.config),
+        )  # fmt: skip
 
     @classmethod
     def from_model_folder(cls, path: str | Path, *, mesh: Mesh | None = None) -> Predictor:
         """The model as `python -m convert` wrote it, not tuned."""
-        config, params, tokenizer = load_model_folder(model_folder(path), dtype=np.float32)
-        return cls(Sam3(config), {"params": params}, tokenizer, mesh=mesh)
+        folder = open_model_folder(model_folder(path))
+        variables = {"params": load_params(folder, np.float32)}
+        heads = lambda: load_params(folder, np.float32, PARTS)
+        return cls(Sam3(folder.config), variables, load_tokenizer(folder), mesh=mesh, heads=heads)
 
     @property
     def picture(self) -> Image.Image | None:
@@ -117,10 +127,18 @@ class Predictor:
 
     def set_images(self, pictures: Sequence[Picture]) -> None:
         """Several pictures of any sizes, for `predict_all`. Raises DataError."""
-        self.pictures = [as_rgb(picture, self.reading) for picture in pictures]
-        pixels = np.stack([self._square(picture) for picture in self.pictures])
-        self._images = self._detector.encode_image(self._variables, self._filled(pixels))
+        is_one = isinstance(pictures, np.ndarray) and pictures.ndim < 4
+        if is_one or isinstance(pictures, str | Path | Image.Image) or not len(pictures):
+            raise DataError(
+                "set_images takes a list of pictures, at least one; set_image takes one"
+            )
+        asked = [as_rgb(picture, self.reading) for picture in pictures]
+        pixels = np.stack([self._square(picture) for picture in asked])
+        self._trunk = self._detector.encode_trunk(self._variables, self._filled(pixels))
+        self._images = self._detector.from_trunk(self._variables, self._trunk)
+        self.pictures = asked
 
+    @overload
     def predict(
         self,
         phrase: str | None = None,
@@ -128,16 +146,63 @@ class Predictor:
         boxes: Sequence[PixelBox] = (),
         negative_boxes: Sequence[PixelBox] = (),
         threshold: float | None = None,
-    ) -> Detections:
-        """All instances of a phrase, or of what the boxes show, or of both together.
+    ) -> Detections: ...
+
+    @overload
+    def predict(
+        self,
+        *,
+        points: Sequence[Any] | np.ndarray | None = None,
+        labels: Sequence[Any] | np.ndarray | None = None,
+        boxes: Sequence[Any] | np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        multimask: bool | None = None,
+    ) -> Answers: ...
+
+    def predict(
+        self, phrase=None, *, boxes=(), negative_boxes=(), threshold=None,
+        points=None, labels=None, mask=None, multimask=None,
+    ):  # fmt: skip
+        """All instances of a phrase, or of what the boxes show, or of both together: Detections.
 
         boxes: "like this", negative_boxes: "not like this", each left, top, width, height in pixels
-        of the picture. Raises PromptError.
+        of the picture.
+
+        With points, a mask or multimask: one object, or several apart, as ClickPredictor.predict
+        answers: Answers. A box is then the object's own. Raises PromptError.
         """
-        found = self.predict_all(
-            phrase, boxes=boxes, negative_boxes=negative_boxes, threshold=threshold
-        )
-        return found[0]
+        if all(x is None for x in (points, labels, mask, multimask)):
+            return self.predict_all(
+                phrase, boxes=boxes, negative_boxes=negative_boxes, threshold=threshold
+            )[0]
+        if phrase is not None or box_list(negative_boxes) or threshold is not None:
+            raise PromptError(
+                "a phrase, negative_boxes and threshold are about all instances; points, labels, mask and "
+                "multimask about one object: ask one after the other"
+            )
+        wanted = True if multimask is None else multimask
+        return self.clicks.predict(points, labels, boxes, mask, wanted)
+
+    @property
+    def clicks(self) -> ClickPredictor:
+        """The same model and picture, asked by clicks. Raises PromptError where it has no heads."""
+        if self._clicks is None:
+            self._clicks = self._open_clicks()
+        if self._trunk is not None and self._clicks.picture is not self.pictures[0]:
+            self._clicks.set_trunk(self.pictures[0], self._trunk[:1])
+        return self._clicks
+
+    def _open_clicks(self) -> ClickPredictor:
+        variables = self._variables
+        if not has_heads(variables):
+            if self._heads is None:
+                raise PromptError(
+                    "this model has no interactive heads, which answer points, boxes of one object and masks: "
+                    "open it with Predictor.from_run or from_model_folder, of weights that have them"
+                )
+            heads = self._detector.place(dict(self._heads()))
+            variables = {**variables, "params": {**variables["params"], **heads}}
+        return ClickPredictor(Interactive(self._detector.model.config), variables, self.reading)
 
     def predict_all(
         self,
@@ -150,10 +215,17 @@ class Predictor:
         """`predict` for each of the pictures given to `set_images`."""
         if self._images is None:
             raise PromptError("no picture yet: call set_image first")
+        boxes, negative_boxes = box_list(boxes), box_list(negative_boxes)
+        if threshold is not None:
+            score = numbers(threshold)
+            if score is None or score.ndim or not 0 <= score <= 1:
+                raise PromptError(f"threshold {shown(threshold)}: expected a score from 0 to 1")
         if phrase is None and not boxes:
-            raise PromptError("nothing to look for: give a phrase, or a box around an example")
+            raise PromptError(
+                "nothing to look for: give a phrase, a box around an example, or points on an object"
+            )
         text = self._encode(VISUAL if phrase is None else phrase)
-        asked = [_prompts(boxes, negative_boxes, *p.size) for p in self.pictures]
+        asked = [exemplars(boxes, negative_boxes, *p.size) for p in self.pictures]
         prompts = jax.tree.map(lambda *rows: self._filled(np.concatenate(rows)), *asked)
         candidates = self._detector.ask(self._variables, self._images, text, prompts)
         if threshold is None:
@@ -242,6 +314,10 @@ class Predictor:
 
     def check_phrase(self, phrase: str) -> None:
         """Raise PromptError for a phrase that the model cannot read whole."""
+        if not isinstance(phrase, str):
+            raise PromptError(
+                f"the phrase is {shown(phrase)}: one phrase at a time, as text; points have a name, points=..."
+            )
         if not phrase.strip():
             raise PromptError("the phrase is empty: say what to look for, for example 'red circle'")
         if not self._tokenizer.fits(phrase):
@@ -251,8 +327,8 @@ class Predictor:
             )
 
     def _encode(self, phrase: str) -> TextFeatures:
+        self.check_phrase(phrase)
         if phrase not in self._texts:
-            self.check_phrase(phrase)
             tokens = self._tokenizer([phrase])
             self._texts[phrase] = self._detector.encode_text(self._variables, tokens)
         return self._texts[phrase]
@@ -265,58 +341,3 @@ class Predictor:
         """Rows repeated up to a multiple of the mesh's size, and split over it."""
         short = -len(rows) % self.at_once
         return self._detector.rows(np.concatenate([rows, *[rows[-1:]] * short]))
-
-
-def as_rgb(picture: Picture, reading: Reading = DEFAULT) -> Image.Image:
-    """A file, a PIL picture or an array of uint8 as a picture of mode RGB. Raises DataError."""
-    if isinstance(picture, str | Path):
-        return open_rgb(picture, reading=reading)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8:
-            raise DataError(
-                f"the picture is an array of {picture.dtype}, expected uint8 values 0..255"
-            )
-        picture = Image.fromarray(picture)
-    return picture.convert("RGB")
-
-
-def _prompts(
-    positive: Sequence[PixelBox], negative: Sequence[PixelBox], width: int, height: int
-) -> Prompts:
-    """One prompt, its exemplars padded to 0, 4, 8, 16, ...: few shapes to compile for."""
-    boxes = [box_in_picture(box, width, height) for box in (*positive, *negative)]
-    room = max(4, 1 << (len(boxes) - 1).bit_length()) if boxes else 0
-    padded = np.zeros((1, 1, room, 4), np.float32)
-    padded[0, 0, : len(boxes)] = np.reshape(boxes, (-1, 4))
-    slots = np.arange(room)[None, None]
-    return Prompts(
-        text_id=np.zeros((1, 1), np.int32),
-        valid=np.ones((1, 1), bool),
-        boxes=padded,
-        box_labels=(slots < len(positive)).astype(np.int32),
-        box_valid=slots < len(boxes),
-    )
-
-
-def box_in_picture(box: PixelBox, width: int, height: int) -> list[float]:
-    """left, top, width, height in pixels -> centre x, centre y, width, height in 0..1.
-
-    What reaches over the edge is cut. Raises PromptError where nothing is left.
-    """
-    if len(box) != 4 or not np.isfinite(np.asarray(box, float)).all():
-        raise PromptError(
-            f"box {list(box)}: expected four numbers, left,top,width,height in pixels"
-        )
-    left, right = np.clip([box[0], box[0] + box[2]], 0, width)
-    top, bottom = np.clip([box[1], box[1] + box[3]], 0, height)
-    if box[2] <= 0 or box[3] <= 0:
-        raise PromptError(f"box {list(box)} has no area: left,top,width,height in pixels")
-    if right - left < 1 or bottom - top < 1:
-        raise PromptError(
-            f"box {list(box)} lies outside the picture, which is {width} x {height} pixels: "
-            f"boxes are left,top,width,height in pixels"
-        )
-    return [
-        (left + right) / 2 / width, (top + bottom) / 2 / height,
-        (right - left) / width, (bottom - top) / height,
-    ]  # fmt: skip

@@ -52,6 +52,7 @@ _COLUMNS = {"instances": "n", "AP": "AP", "AP50": "AP50", "AP75": "AP75", "preci
 
 _OPEN = {"clips": open_frames}  # of tasks whose pictures are not a picture data set
 REPORT = "report.html"
+_OF_A_RUN = ("config.yaml", "metrics.jsonl", "evaluation.json", "summary.json", "demo.json")
 
 Series = dict[str, list[tuple[float, float]]]
 
@@ -65,6 +66,10 @@ def write_report(run: str | Path, datasets: Mapping[str, Dataset] | None = None)
     folder = Path(run)
     if not folder.is_dir():
         raise DataError(f"no run folder {folder}: give the folder that training wrote")
+    if not any((folder / name).is_file() for name in _OF_A_RUN):
+        raise DataError(
+            f"{folder} is no run folder: it holds none of {', '.join(_OF_A_RUN)}; give the folder that training wrote"
+        )
     damaged = damage(folder)
     try:
         html = _page_of(folder, datasets, damaged)
