@@ -16,12 +16,15 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# A program that one test compiled, another one takes from here. Nothing outlives the session, unless
-# JAX_COMPILATION_CACHE_DIR names a folder.
+# A program that one test compiled, another one takes from here, in whichever process. Nothing outlives the
+# session, unless JAX_COMPILATION_CACHE_DIR names a folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="sam3jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     jax.config.update("jax_compilation_cache_dir", cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ.get("MINC", "0.5"))
+)
 
 
 def pytest_collection_modifyitems(items):

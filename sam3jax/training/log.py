@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from sam3jax.checksums import changed, forget
 from sam3jax.config import Config
@@ -50,15 +52,13 @@ class RunLog:
     ) -> None:
         self._run, self._write = run, write
         self._console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]} · lr {task.fields[rate]} · {task.fields[speed]} images/s"),
-            TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
-        )  # fmt: skip
+        wide = Column(no_wrap=True, min_width=len(f"step {config.steps}/{config.steps}"))
+        count = TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=wide)
+        columns = count, BarColumn(16), _Now(Column(no_wrap=True))
         quiet = not (write and sys.stderr.isatty())
         self._bar = Progress(*columns, console=self._console, disable=quiet)
         self._plain = write and quiet
-        self._task = self._bar.add_task("train", total=config.steps, completed=step, loss="-", rate="-", speed="-", left="")  # fmt: skip
+        self._task = self._bar.add_task("train", total=config.steps, completed=step, busy=None, values=None)  # fmt: skip
         if not write:
             return
         self._total = config.steps
@@ -96,16 +96,16 @@ class RunLog:
         start = time.perf_counter()
         if self._plain:
             self.say(f"{what} ...")
-        self._bar.update(self._task, description=what)
+        self._bar.update(self._task, busy=(what, start))
         yield
-        self._bar.update(self._task, description="train")
+        self._bar.update(self._task, busy=None)
         if self._plain:
             self.say(f"{what}: {_duration(time.perf_counter() - start)}")
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """A step is done: the bar moves. values: `loss`, `rate`, and where they are known
         `images_per_second` and `seconds_left`."""
-        self._bar.update(self._task, completed=step, **_fields(values))
+        self._bar.update(self._task, completed=step, values=dict(values))
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
         """Values of a training step."""
@@ -172,6 +172,28 @@ class RunLog:
                 self._trackers.scalar(f"{split}/{name}", value, step)
 
 
+class _Now(ProgressColumn):
+    """What a run is at: what it waits for and since when, else the values of the newest step."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        elapsed = _duration(task.elapsed or 0)
+        if task.fields["busy"]:
+            what, start = task.fields["busy"]
+            return Text(
+                f"{what}: {_duration(time.perf_counter() - start)} · {elapsed} since the start"
+            )
+        if (values := task.fields["values"]) is None:
+            return Text(f"getting ready · {elapsed}")
+        f = _fields(values)
+        parts = [f"loss {f['loss']}", f"lr {f['rate']}"]
+        parts += [f"{f['speed']} images/s"] if f["speed"] != "-" else []
+        parts += [f"epoch {values['epoch']:.2f}"] if "epoch" in values else []
+        parts += [f["left"]] if f["left"] else []
+        return Text(" · ".join([*parts, elapsed]))
+
+
 def _fields(values: Mapping[str, float]) -> dict[str, Any]:
     """What the bar and the log show of a step."""
     speed, left = values.get("images_per_second"), values.get("seconds_left")
@@ -179,7 +201,7 @@ def _fields(values: Mapping[str, float]) -> dict[str, Any]:
         "loss": f"{values['loss']:.4g}",
         "rate": f"{values['rate']:.2e}",
         "speed": "-" if speed is None else f"{speed:.3g}",
-        "left": "" if left is None else f"{_duration(left)} left",
+        "left": f"{_duration(left)} left" if left else "",
     }
 
 
@@ -248,7 +270,9 @@ def _is_kept(line: str, last: Mapping[str, int]) -> bool:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def summary_line(metrics: Mapping[str, float]) -> str:
