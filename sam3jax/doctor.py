@@ -207,6 +207,8 @@ def _write_tables(
 def _import(options: argparse.Namespace) -> int:
     if options.out is None:
         raise DataError("--import needs --out COCO_DIR, a new folder for the converted data")
-    for line in import_dataset(options.format, Path(options.data), Path(options.out)):
+    allow = load_config(None, options.overrides).data.allow_outside
+    root, out = Path(options.data), Path(options.out)
+    for line in import_dataset(options.format, root, out, allow_outside=allow):
         print(line)
     return 0

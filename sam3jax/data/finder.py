@@ -49,7 +49,7 @@ class Finder:
                 if found := self._look(inner, relative.name):
                     return found
         if path.is_absolute() and path.name and self._look(Path(path.parent), path.name):
-            raise _outside(str(path), self._root)
+            raise outside(str(path), self._root)
         return None
 
     def near(self, file_name: str) -> str | None:
@@ -84,7 +84,7 @@ class Finder:
             if kind == _LINK:
                 inside = self._within(os.path.realpath(file))
             if not inside:
-                raise _outside(str(file), self._root)
+                raise outside(str(file), self._root)
         return file
 
     def _listed(self, folder: Path) -> dict[str, str]:
@@ -108,7 +108,8 @@ class Finder:
         return os.path.commonpath([real, self._real_root]) == self._real_root
 
 
-def _outside(file: str, root: Path) -> DataError:
+def outside(file: str, root: Path) -> DataError:
+    """The sentence for a picture that a name or a link leads out of the data folder to."""
     return DataError(
         f"picture {file} lies outside the data folder {root}: move it there, point data.train to a "
         f"folder that holds both, or allow it with data.allow_outside=true (pictures are shown in reports)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+_MASKS = ("_mask.png", "-mask.png")
 _LOOKED_AT = 2000  # files below a folder
 
 
@@ -31,7 +32,7 @@ def recognise(root: Path) -> str | None:
         return "cvat"
     if any(is_labelme(p) for p in files[:200] if p.suffix.lower() == ".json"):
         return "labelme"
-    if {"masks", "mask"} & folders:
+    if {"masks", "mask", "segmentationclass"} & folders or any(n.endswith(_MASKS) for n in names):
         return "masks"
     return None
 

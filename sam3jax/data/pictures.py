@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sam3jax.data import volumes
 from sam3jax.data.depth import Window, to_bytes
@@ -26,7 +26,7 @@ __all__ = ["DataError", "Header", "Reading", "open_rgb", "read_header", "read_pi
 # Pillow's own guard. It stays on for the whole process; who asks for more megapixels passes by it.
 MOST_MEGAPIXELS = 178
 _GUARD = threading.Lock()
-_BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, IndexError,
+BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, IndexError,
            KeyError, TypeError, OverflowError, MemoryError, Image.DecompressionBombError)  # fmt: skip
 _ORIENTATION = 0x0112  # EXIF
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
@@ -115,10 +115,10 @@ def open_rgb(
         raise DataError(f"picture {file} does not exist") from error
     except DataError:
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         raise _unreadable(file, error) from error
     if size is not None and rgb.size != tuple(size):
-        raise _other_size(file, rgb.size, size)
+        raise other_size(file, rgb.size, size)
     return rgb
 
 
@@ -139,7 +139,7 @@ def size_of_bytes(content: bytes, name: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return Header(image.size, _orientation(image)).displayed
-    except _BROKEN as error:
+    except BROKEN as error:
         raise _unreadable(Path(name), error) from error
 
 
@@ -158,7 +158,7 @@ def read_header(file: Path, megapixels: float = MOST_MEGAPIXELS) -> Header:
         raise DataError(f"picture {file} does not exist") from error
     except DataError:
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         raise _unreadable(file, error) from error
 
 
@@ -203,7 +203,7 @@ def _check(picture: tuple[Path, int, int, int], reading: Reading) -> Header | Da
     try:
         header = read_header(file, reading.megapixels)
         if (width, height) not in (header.size, header.displayed):
-            return _other_size(file, header.displayed, (width, height))
+            return other_size(file, header.displayed, (width, height))
         if frame >= header.frames > 1:
             return no_frame(file, header.frames, frame)
         if header.deep == "colour" or not _looks_complete(file):
@@ -360,7 +360,9 @@ def _unreadable(file: Path, error: Exception) -> DataError:
         return DataError(
             f"picture {file} is HEIC, which needs a reader: pip install pillow-heif, or save it as JPEG"
         )
-    reason = _foreign(file) or " ".join(str(error).split()) or type(error).__name__
+    unknown = isinstance(error, UnidentifiedImageError)
+    text = "no known format of pictures" if unknown else " ".join(str(error).split())
+    reason = _foreign(file) or text or type(error).__name__
     return DataError(
         f"picture {file} cannot be read ({reason}): replace the file, or take it out of the JSON"
     )
@@ -380,7 +382,8 @@ def _foreign(file: Path) -> str:
     return "it is a web page" if head.startswith((b"<!doctype html", b"<html")) else ""
 
 
-def _other_size(file: Path, found: tuple[int, int], stated: tuple[int, int]) -> DataError:
+def other_size(file: Path, found: tuple[int, int], stated: tuple[int, int]) -> DataError:
+    """The sentence for a picture of another size than its annotations state."""
     turned = ", width and height exchanged" if tuple(found) == tuple(stated)[::-1] else ""
     return DataError(
         f"picture {file} is {found[0]} x {found[1]} pixels, its annotations are for "
