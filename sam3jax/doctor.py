@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
     raise SystemExit(door("doctor"))
 
 from sam3jax.config import Config, load_config
+from sam3jax.data.click_loader import stored_clicks, with_objects
 from sam3jax.data.datasets import open_datasets, prepare_datasets, reading_of
 from sam3jax.data.describe import compare, describe
 from sam3jax.data.folders import ONLY, find_splits, match_split, read_dataset
@@ -119,9 +120,13 @@ def _as_trained(
             )
         other = match_split(files, data.valid_split)
         train, own = splits[name], None if other is None else splits[other]
-    if data.valid is not None:
-        return open_datasets(config)
-    return prepare_datasets(config, train, own)
+    train, valid = (
+        prepare_datasets(config, train, own) if data.valid is None else open_datasets(config)
+    )
+    for dataset in (train, valid) if config.task == "clicks" else ():
+        if dataset is not None:
+            stored_clicks(with_objects(dataset))
+    return train, valid
 
 
 def _same_pictures(train: Dataset, valid: Dataset) -> list[str]:

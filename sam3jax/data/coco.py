@@ -18,14 +18,20 @@ from typing import Any
 from sam3jax.data.boxes import BoxJudge, parse_box, place_box, reaches_over
 from sam3jax.data.ids import key_of
 from sam3jax.data.json_file import load_json, no_collection, sections
-from sam3jax.data.judgements import LEFT_OUT, UNLISTED, judge_crowds, judge_left_out, require_masks
+from sam3jax.data.judgements import (
+    LEFT_OUT,
+    UNLISTED,
+    judge_crowds,
+    judge_left_out,
+    require_masks,
+)
 from sam3jax.data.ledger import DataError, Ledger, Where
 from sam3jax.data.listing import Listing, Locate
 from sam3jax.data.names import Categories, read_categories, rename_categories
 from sam3jax.data.numbers import flag, number
 from sam3jax.data.records import Annotation, Dataset, ImageRecord, decode_mask, used_categories
 from sam3jax.data.segmentations import read_segmentation, segmentation_area
-from sam3jax.data.stored_clicks import read_clicks
+from sam3jax.data.stored_clicks import is_in_box, read_clicks
 
 __all__ = [
     "Annotation",
@@ -71,6 +77,8 @@ def parse_coco(
     """
     images, annotations, categories = sections(raw, source)
     ledger = Ledger()
+    if raw.get("videos"):
+        ledger.add("`videos` of the file is not used: frames are read as pictures, without tracks")
     names = read_categories(categories, ledger, source)
     listing = Listing(images, locate, names, ledger, source)
     if not listing.records:
@@ -88,7 +96,7 @@ def parse_coco(
         for record, found in zip(listing.records, reader.found)
     ]
     records = [_without_contradiction(record, ledger) for record in records]
-    reader.judge.check(source)
+    reader.judge.check(source, ledger)
     covered = sum(bool(found) for found in reader.found)
     judge_left_out(ledger, len(annotations), covered, len(records), source)
     judge_crowds(records, source)
@@ -165,6 +173,13 @@ class _Reader:
         annotation = self._annotation(item, record, category, where)
         if annotation is not None and self._is_new(annotation, row, where):
             self.found[row].append(annotation)
+            if annotation.clicks:
+                self._look_at_clicks(annotation, where)
+
+    def _look_at_clicks(self, annotation: Annotation, where: Where) -> None:
+        for x, y, kind in annotation.clicks:
+            if kind and not is_in_box(x, y, annotation.bbox):
+                self._ledger.add("stored click with label 1 lies outside the box of its object (kept)", *where, [x, y])  # fmt: skip
 
     def _in_coco_s_words(self, item: dict) -> dict:
         """The annotation with fields of other names where COCO's are missing."""

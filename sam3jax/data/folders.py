@@ -32,7 +32,6 @@ PICTURES = frozenset(
 _VALID = ("valid", "val", "validation")
 _ALIASES = {"valid": _VALID, "val": _VALID, "train": ("train", "training")}
 _SPLIT_WORDS = {"test", *_VALID, *_ALIASES["train"]}
-_OTHER_TASKS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info", "deprecated")
 _MACOS = "__MACOSX"
 ONLY = "all"  # the split of a folder that has no splits
 DEFAULT_SPLITS = ("train", "valid", ONLY)  # what is asked of such a folder without meaning a split
@@ -205,7 +204,7 @@ def _annotation_file(folder: Path) -> Path | None:
 
 def _named_files(folder: Path) -> dict[str, Path]:
     """Split -> JSON, from names such as instances_train2017.json, train.json, data_val.json."""
-    files = [f for f in _json_files(folder) if not f.stem.startswith(_OTHER_TASKS)]
+    files = [f for f in _json_files(folder) if not f.stem.startswith(formats.OTHER_TASKS)]
     if len(files) > 1:  # a file that names a split counts though it cannot be read: that is said
         files = [f for f in files if looks_like_coco(f) or _kind(f.stem)] or files
     instances = [f for f in files if f.stem.startswith("instances_")]
