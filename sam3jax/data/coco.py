@@ -99,7 +99,7 @@ def parse_coco(
     reader.judge.check(source, ledger)
     covered = sum(bool(found) for found in reader.found)
     judge_left_out(ledger, len(annotations), covered, len(records), source)
-    judge_crowds(records, source)
+    judge_crowds((record.annotations for record in records), source)
     sources = {"image": listing.ids.sources, "category": names.ids.sources}
     return Dataset(
         name=name,

@@ -59,7 +59,7 @@ def find_splits(path: str | Path) -> dict[str, Path]:
     if not root.is_dir():
         return {ONLY: root}
     splits: dict[str, Path] = {}
-    folders = [p for p in _entries(root) if p.is_dir() and p.name != "annotations"]
+    folders = [p for p in entries(root) if p.is_dir() and p.name != "annotations"]
     for folder in sorted(folders, key=lambda p: (not p.name.startswith("train"), p.name)):
         if file := _annotation_file(folder):
             splits[folder.name] = file
@@ -104,7 +104,7 @@ def read_dataset(
     name = match_split(splits, split)
     if list(splits) == [ONLY]:
         own = {*_words(root.name), *_words(root.stem), *_words(splits[ONLY].stem)}
-        asked = set(_ALIASES.get(split, (split,)))
+        asked = set(names_of(split))
         name = ONLY if split in DEFAULT_SPLITS or asked & own else None
     if name is None:
         found = "no splits" if list(splits) == [ONLY] else ", ".join(splits)
@@ -174,13 +174,14 @@ def _of_one_frame(
     return found
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, in order, without what macOS or an editor left there."""
     return sorted(p for p in folder.iterdir() if not is_hidden(p))
 
 
 def _json_files(folder: Path) -> list[Path]:
     """JSON files that may be annotations: labelme's, one a picture, are not."""
-    files = [p for p in _entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
+    files = [p for p in entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
     return [p for p in files if not formats.is_labelme(p)]
 
 
@@ -218,9 +219,14 @@ def _listed(files: Iterable[Path]) -> str:
     return " and ".join(file.name for file in files)
 
 
+def names_of(split: str) -> tuple[str, ...]:
+    """What a split may be called: valid is val and validation too."""
+    return _ALIASES.get(split, (split,))
+
+
 def match_split(splits: dict[str, Path], split: str) -> str | None:
     """The split's name among those found: itself, an alias, or one that holds it as a word."""
-    wanted = _ALIASES.get(split, (split,))
+    wanted = names_of(split)
     for name in wanted:
         if name in splits:
             return name
@@ -240,7 +246,7 @@ def _kind(name: str) -> str | None:
     """train, valid or test, where a name holds such a word."""
     words = _SPLIT_WORDS & set(_words(name))
     for kind in ("train", "valid", "test"):
-        if words & set(_ALIASES.get(kind, (kind,))):
+        if words & set(names_of(kind)):
             return kind
     return None
 
@@ -256,8 +262,7 @@ def _picture_folders(root: Path, file: Path, split: str) -> list[Path]:
     if file.parent.name == "annotations":
         tops.append(file.parent.parent)
     names = [split, file.stem.removeprefix("instances_"), *_words(split)]
-    if split in _ALIASES:
-        names += _ALIASES[split]
+    names += names_of(split)
     folders = [file.parent, file.parent / "images", file.parent / "data"]
     for top in tops:
         for name in names:
