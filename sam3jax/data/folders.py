@@ -21,9 +21,11 @@ from sam3jax.data import formats
 from sam3jax.data.coco import Dataset, load_json, parse_coco
 from sam3jax.data.finder import Finder
 from sam3jax.data.json_file import looks_like_coco
+from sam3jax.data.judgements import nearly_all
 from sam3jax.data.ledger import DataError, Ledger
 from sam3jax.data.pictures import DEFAULT, Header, Reading, check_pictures, no_frame
 from sam3jax.data.records import ImageRecord
+from sam3jax.data.volumes import neighbours
 
 PICTURES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -141,6 +143,8 @@ def _with_headers(
         if header.deep == "colour":
             ledger.add("picture has sixteen bits a colour: the upper eight are read", record.file.name)  # fmt: skip
     records = _of_one_frame(records, headers, ledger)
+    if reading.slices > 1:
+        _note_lonely(records, headers, ledger)
     paged = {r.file for r in records if r.frame}
     for record, header in zip(records, headers):
         if header.frames > 1 and record.file not in paged:
@@ -153,6 +157,18 @@ def _with_headers(
         replace(record, orientation=header.orientation, stored=header.size, reading=reading)
         for record, header in zip(records, headers)
     ]
+
+
+def _note_lonely(records: list[ImageRecord], headers: list[Header], ledger: Ledger) -> None:
+    """Count pictures without neighbours. Raises DataError where nearly none has any."""
+    lonely = [r for r, h in zip(records, headers) if h.frames == 1 and set(neighbours(r.file)) == {r.file}]  # fmt: skip
+    if nearly_all(len(lonely), len(records)):
+        raise DataError(
+            f"data.slices=3 finds no neighbours of {len(lonely):,} of {len(records):,} pictures, the first is "
+            f"{lonely[0].file}: expected a stack, or files whose names differ in their last number"
+        )
+    for record in lonely:
+        ledger.add("picture has no neighbours: its three channels are equal", record.file.name)
 
 
 def _of_one_frame(

@@ -99,18 +99,15 @@ def open_rgb(
                     raise no_frame(file, frames, frame)
                 rgb = _channels([volumes.read_slice(file, f) for f in _near(file, frame, reading)], reading)  # fmt: skip
             elif reading.slices > 1:
-                rgb = _stack(file, frame, reading)
+                rgb = _stack(file, frame, reading, size)
             else:
                 with _open(file, reading.megapixels) as image:
                     _seek(image, file, frame)
                     deep = _deep(image)  # first: looking for EXIF may decode the picture
-                    orientation = _orientation(image)
+                    turn = _turn(image, size)
                     image.load()
                     rgb = _rgb(image, file, deep, reading.window)
-                    if orientation in _TRANSPOSE and not _annotated_as_stored(
-                        image.size, orientation, size
-                    ):
-                        rgb = rgb.transpose(_TRANSPOSE[orientation])
+                    rgb = rgb if turn is None else rgb.transpose(turn)
     except FileNotFoundError as error:
         raise DataError(f"picture {file} does not exist") from error
     except DataError:
@@ -276,6 +273,13 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
+def _turn(image: Image.Image, size: tuple[int, int] | None) -> Image.Transpose | None:
+    """What makes it upright; None where it is, or where its annotations are of `size`, unturned."""
+    orientation = _orientation(image)
+    as_stored = _annotated_as_stored(image.size, orientation, size)
+    return None if as_stored else _TRANSPOSE.get(orientation)
+
+
 def _header_orientation(image: Image.Image, file: Path) -> int:
     """`_orientation` from the first bytes; Pillow decodes a whole PNG to look for EXIF behind it."""
     if image.format == "PNG" and "exif" not in image.info:
@@ -327,7 +331,7 @@ def _near(file: Path, frame: int, reading: Reading) -> list[int]:
     return [min(max(frame + step, 0), last) for step in (-1, 0, 1)]
 
 
-def _stack(file: Path, frame: int, reading: Reading) -> Image.Image:
+def _stack(file: Path, frame: int, reading: Reading, size: tuple[int, int] | None) -> Image.Image:
     """A page and its neighbours, or a file and its neighbours in the folder, as three channels."""
     if read_header(file, reading.megapixels).frames > 1:
         pages = [(file, f) for f in _near(file, frame, reading)]
@@ -338,7 +342,9 @@ def _stack(file: Path, frame: int, reading: Reading) -> Image.Image:
         with _open(name, reading.megapixels) as image:
             _seek(image, name, page)
             deep = _deep(image) == "grey"
-            planes.append(np.asarray(image if deep else image.convert("L")))
+            turn = _turn(image, size)
+            plane = image if deep else image.convert("L")
+            planes.append(np.asarray(plane if turn is None else plane.transpose(turn)))
     return _channels(planes, reading)
 
 
