@@ -125,3 +125,11 @@ def test_the_validation_split_may_be_called_val(tmp_path, name):
     _, valid, _ = open_videos(config)
     assert valid is not None
     assert valid.name.endswith(name)
+
+
+@pytest.mark.parametrize("key", ["train_split", "valid_split"])
+def test_a_split_of_videos_that_is_not_there_is_refused(tmp_path, key):
+    root = made.write_ytvis(tmp_path / "data")
+    config = parse_config({"task": "clips", "data": {"train": str(root), key: "vaild"}})
+    with pytest.raises(DataError, match="has no split 'vaild' of videos"):
+        open_videos(config)

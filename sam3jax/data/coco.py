@@ -23,6 +23,7 @@ from sam3jax.data.judgements import (
     UNLISTED,
     judge_crowds,
     judge_left_out,
+    judge_shift,
     require_masks,
 )
 from sam3jax.data.ledger import DataError, Ledger, Where
@@ -96,6 +97,8 @@ def parse_coco(
         for record, found in zip(listing.records, reader.found)
     ]
     records = [_without_contradiction(record, ledger) for record in records]
+    if not names.ids.sources:
+        judge_shift(reader.stated_categories, set(names.names), source)
     reader.judge.check(source, ledger)
     covered = sum(bool(found) for found in reader.found)
     judge_left_out(ledger, len(annotations), covered, len(records), source)
@@ -128,6 +131,9 @@ class _Reader:
         self.found: list[list[Annotation]] = [[] for _ in listing.records]
         self.judge = BoxJudge()
         self.stated_masks = 0
+        self.stated_categories: set[Any] = (
+            set()
+        )  # as annotations write their ids, whole numbers only
         self._listing, self._categories, self._ledger = listing, categories, ledger
         self._ids: set[Any] = set()
         self._seen: Counter[tuple] = Counter()
@@ -150,6 +156,8 @@ class _Reader:
         record = self._listing.records[row]
         where = (self._listing.names[row], id)
         category = self._categories.find(item["category_id"])
+        if type(item["category_id"]) is int:
+            self.stated_categories.add(item["category_id"])
         if category is None:
             category = self._categories.find_by_name(item["category_id"])
             if category is None:

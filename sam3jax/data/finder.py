@@ -8,6 +8,7 @@ so a name or a link that leads out of the folder is refused, unless `data.allow_
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from sam3jax.data.ledger import DataError, shown
 
 _WALKED = 200_000  # files that are looked through for near names
 _PICTURES = frozenset(("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "heic", "avif", "jfif"))
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of uploads
 _FILE, _LINK, _OTHER = "file", "link", "other"
 
 
@@ -133,9 +135,8 @@ def _walk(root: Path):
 
 def _plain(name: str) -> str:
     """Equal for names that people and file systems take for the same."""
-    stem, dot, suffix = (
-        unicodedata.normalize("NFC", unquote(name)).strip().casefold().rpartition(".")
-    )
+    plain = unicodedata.normalize("NFKC", unquote(name)).strip().casefold()
+    stem, dot, suffix = _UPLOADED.sub("", plain).rpartition(".")
     if not dot:
         return " ".join(suffix.split())
     return f"{' '.join(stem.split())}.{'jpg' if suffix == 'jpeg' else suffix}"

@@ -88,6 +88,22 @@ def has_split(path: str | Path, split: str) -> bool:
     return match_split(find_splits(path), split) is not None
 
 
+def choose_split(path: str | Path, splits: dict[str, Path], split: str) -> str:
+    """Which of the splits of `path` is meant. Raises DataError where none is."""
+    name = match_split(splits, split)
+    if list(splits) == [ONLY]:
+        root = Path(path).expanduser()
+        own = {*_words(root.name), *_words(root.stem), *_words(splits[ONLY].stem)}
+        name = ONLY if split in DEFAULT_SPLITS or set(names_of(split)) & own else None
+    if name is None:
+        found = "no splits" if list(splits) == [ONLY] else ", ".join(splits)
+        raise DataError(
+            f"{path} has no split {split!r}, it has {found}: set data.train_split or "
+            f"data.valid_split"
+        )
+    return name
+
+
 def read_dataset(
     path: str | Path,
     split: str = "train",
@@ -103,17 +119,7 @@ def read_dataset(
     """
     splits = find_splits(path)
     root = Path(path).expanduser()
-    name = match_split(splits, split)
-    if list(splits) == [ONLY]:
-        own = {*_words(root.name), *_words(root.stem), *_words(splits[ONLY].stem)}
-        asked = set(names_of(split))
-        name = ONLY if split in DEFAULT_SPLITS or asked & own else None
-    if name is None:
-        found = "no splits" if list(splits) == [ONLY] else ", ".join(splits)
-        raise DataError(
-            f"{path} has no split {split!r}, it has {found}: set data.train_split or "
-            f"data.valid_split"
-        )
+    name = choose_split(path, splits, split)
     file = splits[name]
     if not root.is_dir():
         root = file.parent.parent if file.parent.name == "annotations" else file.parent

@@ -51,6 +51,19 @@ def judge_left_out(ledger: Ledger, total: int, covered: int, pictures: int, sour
     )
 
 
+def judge_shift(stated: set[int], listed: set[int], source: str) -> None:
+    """Raise DataError where annotations count categories from another number than `categories` does."""
+    if len(listed) < 2 or stated == listed:
+        return
+    for step in (-1, 1):
+        if stated == {number + step for number in listed}:
+            raise DataError(
+                f"{source}: the `category_id` of annotations are {min(stated)} to {max(stated)}, the `id` of "
+                f"`categories` {min(listed)} to {max(listed)}: shifted by one, so that all names are wrong? Export "
+                f"both together, or take the annotations of the category that is not listed out"
+            )
+
+
 def judge_crowds(found: Iterable[Sequence[Annotation]], source: str) -> None:
     """Raise DataError where nearly every instance is marked as a crowd: none would be trained."""
     total = crowds = 0

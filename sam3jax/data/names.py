@@ -175,6 +175,10 @@ def check_phrases(phrases: Mapping[str, str], *datasets: Named) -> None:
         )
     seen: dict[str, str] = {}
     for key, value in phrases.items():
+        if not phrase_key(value):
+            raise DataError(
+                f"data.phrases gives {shown(key)} the phrase {shown(value)}, which has nothing to read"
+            )
         if seen.setdefault(phrase_key(key), value) != value:
             raise DataError(
                 f"data.phrases gives {shown(key)} two phrases, {shown(seen[phrase_key(key)])} and "

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam3jax.data import video_json, video_masks
-from sam3jax.data.folders import entries, match_split, names_of
+from sam3jax.data.folders import DEFAULT_SPLITS, entries, match_split, names_of
 from sam3jax.data.frames import Film, FrameFiles
 from sam3jax.data.pictures import DataError
 from sam3jax.data.videos import VideoDataset
@@ -80,6 +80,10 @@ def read_videos(
     was looked for.
     """
     root = Path(path).expanduser()
+    if split not in (None, *DEFAULT_SPLITS) and root.is_dir() and not has_split(root, split):
+        raise DataError(
+            f"{root} has no split {split!r} of videos: set data.train_split or data.valid_split"
+        )
     dataset = _read(root, split, allow_outside)
     if not allow_outside:
         _refuse_links(dataset, root if root.is_dir() else _above(root))

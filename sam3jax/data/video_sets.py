@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam3jax.config import Config
+from sam3jax.config import Config, DataConfig
 from sam3jax.data.clips import Sampling, frame_record, phrases_of_videos, usable
 from sam3jax.data.datasets import check_training, read_dataset_of, reading_of
 from sam3jax.data.describe import entry_lines
@@ -66,7 +66,11 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
     valid = None
     if data.valid is not None:
         valid = _read(config, data.valid, data.valid_split)
-    elif data.train == _SHAPES or _has_split(data.train, data.valid_split):
+    elif (
+        data.train == _SHAPES
+        or data.valid_split != DataConfig().valid_split
+        or _has_split(data.train, data.valid_split)
+    ):
         valid = _read(config, data.train, data.valid_split)
     check_phrases(data.phrases, read, *(() if valid is None else (valid,)))
     valid = None if valid is None else rename_phrases(valid, data.phrases)
