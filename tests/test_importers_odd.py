@@ -153,6 +153,11 @@ def inside_json():
     return base64.b64encode(stream.getvalue()).decode()
 
 
+def hugging_face(objects=None, **columns):
+    objects = {"bbox": [DOG], "category": ["dog"]} if objects is None else objects
+    return json.dumps({"file_name": "a.png", "objects": objects, **columns}, ensure_ascii=False)
+
+
 TWINS = {"train/1.png": [("dog", DOG)], "train/c1_1.png": [("cat", CAT)]}
 ONE = {"train/a.png": [("dog", DOG)]}
 OF_BOTH = {"train/a.png": [("dog", DOG), ("cat", CAT)]}
@@ -171,6 +176,11 @@ OTHERS = {
     "labelme inside": ("labelme", {"a.json": labelme(imageData=inside_json())}, ONE, ""),
     "labelme in two files": ("labelme", {"a.png": None, "a.json": labelme(), "b.json": labelme("cat", CAT)}, OF_BOTH, "made one"),
     "labelme left over": ("labelme", {"a.png": None, "b.png": None, "a.json": labelme(), ".ipynb_checkpoints/a.json": labelme("cat")}, ONE, "no annotation file (b.png)"),
+    "huggingface mark": ("huggingface", {"train/a.png": None, "train/metadata.jsonl": "\ufeff" + hugging_face()}, ONE, ""),
+    "huggingface line sign": ("huggingface", {"train/a.png": None, "train/metadata.jsonl": hugging_face(note="a\u2028b") + "\r\n"}, ONE, ""),
+    "huggingface classes": ("huggingface", {"train/a.png": None, "classes.txt": "\ufeffcat\n\ndog", "train/metadata.jsonl": hugging_face({"bbox": [DOG], "category": [2]})}, ONE, ""),
+    "huggingface unknown picture": ("huggingface", {"train/a.png": None, "train/b.png": None, "train/metadata.jsonl": hugging_face(), ".ipynb_checkpoints/metadata.jsonl": hugging_face()}, ONE, "no line names it (b.png)"),
+    "huggingface text": ("huggingface", {"train/a.png": None, "train/metadata.jsonl": hugging_face(json.dumps([{"bbox": DOG, "category": "dog"}, None]))}, ONE, "1 x object left out: no category"),
 }  # fmt: skip
 
 
@@ -191,6 +201,8 @@ REFUSED = {
     "cvat shapes": ("cvat", {"a.png": None, "a.xml": '<annotations><image name="a.png"><polygon label="x" points="1,2;3;4,5;6,7"/><mask label="x" rle="0,400000000000" left="1" top="0" width="200000" height="2000000"/></image></annotations>'}, "shape left out: neither area nor box"),
     "labelme size": ("labelme", {"a.png": None, "a.json": labelme(imageWidth=320, imageHeight=240)}, "its annotations are for 320 x 240"),
     "labelme broken inside": ("labelme", {"a.json": labelme(imageData="!")}, "no known format"),
+    "huggingface size": ("huggingface", {"train/a.png": None, "train/metadata.jsonl": hugging_face(width=320, height=240)}, "its annotations are for 320 x 240"),
+    "huggingface labels": ("huggingface", {"train/a.png": None, "train/metadata.jsonl": hugging_face({"bbox": [DOG], "category": ["dog", "cat"]})}, "not one for each box"),
     "masks photographs": ("masks", {"images/a.png": None, "masks/a.png": np.random.default_rng(0).integers(0, 255, (H, W), np.uint8)}, "values without names"),
     "masks of two kinds": ("masks", {"images/a.png": None, "masks/a.png": BLANK, "masks/a.tif": BLANK}, "several masks of its name (for example a.png)"),
     "masks one an object": ("masks", {"x/images/x.png": None, "x/masks/1.png": BLANK + 1, "x/masks/2.png": BLANK + 1}, "mask left out: no picture of its name"),

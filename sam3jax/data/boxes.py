@@ -44,7 +44,7 @@ def parse_box(value: Any) -> Box | None:
         value = value[0]
     if not isinstance(value, list | tuple) or len(value) != 4:
         return None
-    x, y, w, h = (number(v) for v in value)
+    x, y, w, h = number(value[0]), number(value[1]), number(value[2]), number(value[3])
     if x is None or y is None or w is None or h is None:
         return None
     return x, y, w, h

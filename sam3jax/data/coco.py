@@ -51,6 +51,7 @@ Check = Callable[[list[ImageRecord], Ledger], list[ImageRecord]]
 
 _PHRASE_FIELDS = ("phrase", "noun_phrase", "caption")
 _DOUBTS = ("ignore", "difficult")
+_NOTED = frozenset((*_PHRASE_FIELDS, *_DOUBTS))
 # What exporters call COCO's fields.
 _OTHER_NAMES = {
     "image_id": ("imageId", "image_ID", "img_id"),
@@ -164,25 +165,33 @@ class _Reader:
                 found = item["category_id"]
                 ledger.add(f"{LEFT_OUT}: its category is not listed", *where, found)
                 return
-        for field, ids in (("image_id", self._listing.ids), ("category_id", self._categories.ids)):
-            # Most are plain numbers; looking up the others costs little.
-            if type(item[field]) is not int and not ids.lists(item[field]):
-                ledger.add(
-                    f"`{field}` is written otherwise than the id (read)", *where, item[field]
-                )
-        for key in _PHRASE_FIELDS:
-            if key in item:
-                ledger.add(
-                    f"annotation field `{key}` is not used: phrases are category names", *where
-                )
-        for key in _DOUBTS:
-            if key in item and flag(item[key]):
-                ledger.add(f"annotation field `{key}` is not used (kept as an instance)", *where)
+        # Most ids are plain numbers, and most annotations have no other fields: looking closer costs time.
+        if type(item["image_id"]) is not int or type(item["category_id"]) is not int:
+            self._note_ids(item, where)
+        if not _NOTED.isdisjoint(item):
+            self._note_fields(item, where)
         annotation = self._annotation(item, record, category, where)
         if annotation is not None and self._is_new(annotation, row, where):
             self.found[row].append(annotation)
             if annotation.clicks:
                 self._look_at_clicks(annotation, where)
+
+    def _note_ids(self, item: dict, where: Where) -> None:
+        for field, ids in (("image_id", self._listing.ids), ("category_id", self._categories.ids)):
+            if not ids.lists(item[field]):
+                self._ledger.add(
+                    f"`{field}` is written otherwise than the id (read)", *where, item[field]
+                )
+
+    def _note_fields(self, item: dict, where: Where) -> None:
+        for key in _PHRASE_FIELDS:
+            if key in item:
+                self._ledger.add(
+                    f"annotation field `{key}` is not used: phrases are category names", *where
+                )
+        for key in _DOUBTS:
+            if key in item and flag(item[key]):
+                self._ledger.add(f"annotation field `{key}` is not used (kept as an instance)", *where)  # fmt: skip
 
     def _look_at_clicks(self, annotation: Annotation, where: Where) -> None:
         for x, y, kind in annotation.clicks:
