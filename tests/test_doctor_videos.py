@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from sam3jax import doctor as command
 from sam3jax.config import parse_config
+from sam3jax.data.click_loader import make_click_eval_loader, make_click_loader
 from sam3jax.data.pictures import DataError
-from sam3jax.data.video_sets import open_videos
+from sam3jax.data.transforms import move_mask, square, unpack_mask
+from sam3jax.data.video_sets import open_videos, read_pictures
 from tests import video_folders as made
 
 
@@ -133,3 +136,30 @@ def test_a_split_of_videos_that_is_not_there_is_refused(tmp_path, key):
     config = parse_config({"task": "clips", "data": {"train": str(root), key: "vaild"}})
     with pytest.raises(DataError, match="has no split 'vaild' of videos"):
         open_videos(config)
+
+
+@pytest.mark.parametrize("write", [made.write_palette, made.write_ytvis])
+def test_annotated_frames_are_pictures_to_click_on(tmp_path, capsys, write):
+    root = write(tmp_path / "data")
+    model = dict(preset="tiny", image_size=84, window_size=3, pretrain_image_size=42)
+    config = parse_config({"task": "clicks", "model": model, "data": {"train": str(root)}})
+    dataset, valid = read_pictures(config)
+    assert valid is None
+    batches = list(make_click_eval_loader(dataset, config, batch_size=2))
+    seen = [(int(b.image_id[i]), unpack_mask(b.masks[i, k], 84)) for b in batches for i, k in np.argwhere(b.valid & b.image_valid[:, None])]  # fmt: skip
+    truth = made.object_masks()
+    wanted = [(t, move_mask(square(36, 24, 84), truth[t, k])) for t in range(made.FRAMES) for k in range(2) if truth[t, k].any()]  # fmt: skip
+    assert [row for row, _ in seen] == [row for row, _ in wanted]
+    for (_, found), (_, mask) in zip(seen, wanted):
+        np.testing.assert_array_equal(found, mask)
+    assert next(make_click_loader(dataset, config)).masks.any()
+    assert doctor(root, tmp_path, "task=clicks")[0] == 0
+    assert "train on them with" not in capsys.readouterr().out
+    assert doctor(root, tmp_path)[0] == 0
+    assert "train on them with task=clips or task=clicks" in capsys.readouterr().out
+
+
+def test_videos_of_boxes_are_nothing_to_click_on(tmp_path, capsys):
+    root = changed(tmp_path, lambda a: a.pop("segmentations"))
+    assert doctor(root, tmp_path, "task=clicks")[0] == 2
+    assert "nothing to click on" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sam3jax.config import Config, DataConfig
 from sam3jax.data.clips import Sampling, frame_record, phrases_of_videos, usable
-from sam3jax.data.datasets import check_training, read_dataset_of, reading_of
+from sam3jax.data.datasets import check_training, read_dataset_of, read_datasets, reading_of
 from sam3jax.data.describe import entry_lines
 from sam3jax.data.folders import find_splits, has_split
 from sam3jax.data.frames import Frames, Still
@@ -62,16 +62,7 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
         raise DataError(
             "data.repeat_threshold is for pictures; videos are all shown equally often: set it to 0"
         )
-    read = _read(config, data.train, data.train_split)
-    valid = None
-    if data.valid is not None:
-        valid = _read(config, data.valid, data.valid_split)
-    elif (
-        data.train == _SHAPES
-        or data.valid_split != DataConfig().valid_split
-        or _has_split(data.train, data.valid_split)
-    ):
-        valid = _read(config, data.train, data.valid_split)
+    read, valid = _both(config, data.train)
     check_phrases(data.phrases, read, *(() if valid is None else (valid,)))
     valid = None if valid is None else rename_phrases(valid, data.phrases)
     train, lines = usable(rename_phrases(read, data.phrases), sampling_of(config))
@@ -83,6 +74,34 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
         )
     check_training(config, *(pictures_of(d) for d in (train, valid) if d is not None))
     return train, valid, lines
+
+
+def _both(config: Config, path: str) -> tuple[VideoDataset, VideoDataset | None]:
+    """The training and the validation videos as they are."""
+    data = config.data
+    train = _read(config, path, data.train_split)
+    if data.valid is not None:
+        return train, _read(config, data.valid, data.valid_split)
+    asked = path == _SHAPES or data.valid_split != DataConfig().valid_split
+    if asked or _has_split(path, data.valid_split):
+        return train, _read(config, path, data.valid_split)
+    return train, None
+
+
+def read_pictures(config: Config) -> tuple[Dataset, Dataset | None]:
+    """`read_datasets`, where the annotated frames of videos are pictures too. Raises DataError."""
+    path = config.data.train
+    if path is None or not looks_like_videos(path):
+        return read_datasets(config)
+    train, valid = _both(config, path)
+    return pictures_of(train), None if valid is None else pictures_of(valid)
+
+
+def pictures_named(config: Config, path: str, split: str) -> Dataset:
+    """One split of pictures, or of annotated frames. Raises DataError."""
+    if looks_like_videos(path):
+        return pictures_of(_read(config, path, split))
+    return read_dataset_of(config, path, split)
 
 
 def open_frames(config: Config) -> tuple[Dataset, Dataset | None]:
