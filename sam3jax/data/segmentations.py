@@ -134,7 +134,7 @@ def _extent(polygon: np.ndarray) -> Extent:
     if polygon.size <= _SHORT:  # numpy needs longer to start than Python for the whole of it
         values = polygon.tolist()
         if not math.isfinite(sum(values)):
-            return (math.nan,) * 4
+            return math.nan, math.nan, math.nan, math.nan
         x, y = values[0::2], values[1::2]
         return min(x), min(y), max(x), max(y)
     points = polygon.reshape(-1, 2)
