@@ -25,9 +25,10 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
     raise SystemExit(door("doctor"))
 
 from sam3jax.config import Config, load_config
-from sam3jax.data.datasets import open_datasets, prepare_datasets, reading_of
+from sam3jax.data.click_loader import stored_clicks, with_objects
+from sam3jax.data.datasets import check_valid_split, open_datasets, prepare_datasets, reading_of
 from sam3jax.data.describe import compare, describe
-from sam3jax.data.folders import ONLY, find_splits, match_split, read_dataset
+from sam3jax.data.folders import ONLY, choose_split, find_splits, match_split, read_dataset
 from sam3jax.data.importers import import_dataset
 from sam3jax.data.ledger import DataError
 from sam3jax.data.pictures import is_black
@@ -80,7 +81,7 @@ def examine(config: Config, path: str, options: argparse.Namespace) -> int:
     notes = list(_twins(splits))
     if not errors:
         try:
-            train, valid = _as_trained(config, files, splits)
+            train, valid = _as_trained(config, path, files, splits)
             if valid is not None:
                 notes += [*compare(train, valid), *_same_pictures(train, valid)]
         except DataError as error:
@@ -104,24 +105,22 @@ def _read(config: Config, path: str, split: str, decode: bool) -> Dataset:
 
 
 def _as_trained(
-    config: Config, files: dict[str, Path], splits: dict[str, Dataset]
+    config: Config, path: str, files: dict[str, Path], splits: dict[str, Dataset]
 ) -> tuple[Dataset, Dataset | None]:
     """The data as a training would take them. Raises DataError where it would refuse them."""
     data = config.data
-    if list(files) == [ONLY]:
-        train, own = splits[ONLY], None
-    else:
-        name = match_split(files, data.train_split)
-        if name is None:
-            raise DataError(
-                f"{data.train} has no split {data.train_split!r}, it has {', '.join(files)}: set "
-                f"data.train_split"
-            )
-        other = match_split(files, data.valid_split)
-        train, own = splits[name], None if other is None else splits[other]
-    if data.valid is not None:
-        return open_datasets(config)
-    return prepare_datasets(config, train, own)
+    train = splits[choose_split(path, files, data.train_split)]
+    other = match_split(files, data.valid_split)
+    own = None if other is None else splits[other]
+    if own is None and data.valid is None:
+        check_valid_split(data, files)
+    train, valid = (
+        prepare_datasets(config, train, own) if data.valid is None else open_datasets(config)
+    )
+    for dataset in (train, valid) if config.task == "clicks" else ():
+        if dataset is not None:
+            stored_clicks(with_objects(dataset))
+    return train, valid
 
 
 def _same_pictures(train: Dataset, valid: Dataset) -> list[str]:
@@ -209,6 +208,8 @@ def _write_tables(
 def _import(options: argparse.Namespace) -> int:
     if options.out is None:
         raise DataError("--import needs --out COCO_DIR, a new folder for the converted data")
-    for line in import_dataset(options.format, Path(options.data), Path(options.out)):
+    allow = load_config(None, options.overrides).data.allow_outside
+    root, out = Path(options.data), Path(options.out)
+    for line in import_dataset(options.format, root, out, allow_outside=allow):
         print(line)
     return 0

@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from sam3jax.config import Config
+from sam3jax.data.click_loader import with_objects
 from sam3jax.data.ledger import DataError
-from sam3jax.data.video_sets import frame_records, open_videos
+from sam3jax.data.video_sets import frame_records, open_videos, pictures_of
 from sam3jax.data.videos import Video, VideoDataset, describe_videos
 from sam3jax.errors import plain
 from sam3jax.files import FileError, make_folder, write_json
@@ -38,6 +39,9 @@ def examine_videos(config: Config, path: str, options: argparse.Namespace) -> in
     exit code: 2 where they cannot be trained on."""
     try:
         train, valid, notes = open_videos(config)
+        for dataset in (train, valid) if config.task == "clicks" else ():
+            if dataset is not None:
+                with_objects(pictures_of(dataset))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,6 +52,8 @@ def examine_videos(config: Config, path: str, options: argparse.Namespace) -> in
             print(f"  {line}")
     if valid is not None:
         notes = [*notes, *_compare(train, valid)]
+    if config.task == "detect":
+        notes = [*notes, "these are videos: train on them with task=clips or task=clicks"]
     for note in notes:
         print(f"  {note}")
     rows = {split: list(object_rows(dataset)) for split, dataset in splits.items()}

@@ -11,9 +11,9 @@ import jax
 
 from sam3jax.config import Config
 from sam3jax.data.click_loader import with_objects
-from sam3jax.data.datasets import read_dataset_of, read_datasets
 from sam3jax.data.ledger import DataError
 from sam3jax.data.records import Dataset
+from sam3jax.data.video_sets import pictures_named, read_pictures
 from sam3jax.evaluation.click_report import print_clicks
 from sam3jax.files import FileError, make_folder
 from sam3jax.tasks.clicks import Clicks, ClicksData
@@ -75,10 +75,10 @@ def _dataset(config: Config, data: str | None, split: str | None) -> Dataset:
     """What the options name; by default the run's own validation data."""
     own = config.data
     if data is not None:
-        return with_objects(read_dataset_of(config, data, split or own.valid_split))
+        return with_objects(pictures_named(config, data, split or own.valid_split))
     if split not in (None, own.valid_split):
-        return with_objects(read_dataset_of(config, own.train or "", split or own.train_split))
-    dataset = read_datasets(config)[1]
+        return with_objects(pictures_named(config, own.train or "", split or own.train_split))
+    dataset = read_pictures(config)[1]
     if dataset is None:
         raise DataError("the run has no validation data: give --data, or --split train")
     return with_objects(dataset)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from sam3jax import doctor
 from sam3jax.config import parse_config
 from sam3jax.data.click_loader import clickable, make_click_eval_loader, make_click_loader
 from sam3jax.data.coco import decode_mask
@@ -133,7 +134,15 @@ def test_stored_clicks_follow_their_pixel_through_every_transform(tmp_path):
         ({"points": [[5, 6]], "labels": [7]}, (), "neither 1"),
         ({"points": [[5, 6]], "labels": [1, 0]}, (), "not as many"),
         ({"points": [[5, float("nan")]]}, (), "no numbers"),
-        ({"points": "5,6"}, (), "no list"),
+        ({"points": "5 and 6"}, (), "no list"),
+        ({"points": [5, 6, 7, 8]}, (), "no list"),
+        ({"points": "[[5, 6]]", "labels": "[1]"}, ((5, 6, 1),), ""),
+        ({"points": [{"x": 5, "y": 6}], "labels": [True]}, ((5, 6, 1),), ""),
+        ({"points": [[[5, 6], [4, 5]]], "labels": [[1, 0]]}, ((5, 6, 1), (4, 5, 0)), ""),
+        ({"points": [[5, 6], [7, 8]], "labels": "negative"}, ((5, 6, 0), (7, 8, 0)), ""),
+        ({"points": [[5, 6], [7, 8]], "labels": [1, -1]}, ((5, 6, 1),), "neither 1"),
+        ({"point_coords": [[5, 6]], "point_labels": [0]}, ((5, 6, 0),), ""),
+        ({"points": [[30, 20]]}, ((30, 20, 1),), "outside the box of its object (kept)"),
         ({}, (), ""),
     ],
 )
@@ -157,3 +166,22 @@ def test_stored_clicks_reach_the_batch_and_shares_are_refused(tmp_path):
     items[1] |= {"points": [[0.3, 0.2]], "labels": [1]}
     with pytest.raises(DataError, match="shares of the picture"):
         make_click_loader(read_dataset(write(tmp_path / "e", items, images=1)), config)
+
+
+def test_clicks_beside_all_their_objects_are_refused_by_doctor_and_training(tmp_path, capsys):
+    """y before x: every click lies in the picture, and none in its object."""
+    items = [
+        annotation(k, k % 3, 1, (3 + 5 * k, 2, 4, 9), points=[[6, 5 + 5 * k]]) for k in range(7)
+    ]
+    folder = write(tmp_path / "d", items[1:])
+    config = config_of(batch_size=1)
+    with pytest.raises(DataError, match=r"6 of 6 stored clicks .* is y before x"):
+        make_click_loader(read_dataset(folder), config)
+    words = [str(folder), "--output", str(tmp_path / "o")]
+    assert doctor.main([*words, "task=clicks"]) == 2
+    assert "is y before x" in capsys.readouterr().err
+    assert doctor.main(words) == 0
+    boxes = [annotation(k, k, 1, (3, 2, 4, 9), segmentation=[]) for k in range(3)]
+    write(tmp_path / "b", boxes)
+    assert doctor.main([str(tmp_path / "b"), "--output", str(tmp_path / "o"), "task=clicks"]) == 2
+    assert "nothing to click on" in capsys.readouterr().err

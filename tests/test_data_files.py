@@ -111,6 +111,18 @@ def test_a_split_that_is_not_there_is_refused_with_the_list(tmp_path):
     assert open_datasets(config_of(tmp_path / "d", valid_split="dev"))[1] is not None
 
 
+@pytest.mark.parametrize("layout", ["d/train", "d"])
+@pytest.mark.parametrize("key", ["train_split", "valid_split"])
+def test_doctor_refuses_the_splits_that_training_refuses(tmp_path, capsys, layout, key):
+    write(tmp_path / layout, ITEMS)
+    with pytest.raises(DataError, match="has no split 'vaild'"):
+        open_datasets(config_of(tmp_path / "d", **{key: "vaild"}))
+    words = [str(tmp_path / "d"), "--output", str(tmp_path / "o")]
+    assert doctor.main([*words, f"data.{key}=vaild"]) == 2
+    assert "has no split 'vaild'" in capsys.readouterr().err
+    assert doctor.main(words) == 0
+
+
 def test_a_folder_without_splits_answers_no_split(tmp_path):
     flat = write(tmp_path / "d", ITEMS)
     for split in ("train", "valid", "all"):
@@ -225,6 +237,8 @@ NEAR = [
     (unicodedata.normalize("NFC", "café.png"), unicodedata.normalize("NFD", "café.png")),
     (unicodedata.normalize("NFD", "café.png"), unicodedata.normalize("NFC", "café.png")),
     ("a.jpeg", "a.jpg"),
+    ("0a1b2c3d-a.png", "a.png"),
+    ("1.png", "\uff11.png"),
     ("lost.png", "deep/er/lost.png"),
 ]
 

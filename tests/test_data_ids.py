@@ -184,3 +184,11 @@ def test_absences_of_merged_and_text_categories_follow_the_merge(tmp_path):
     lines = list(dataset.problems)
     assert any("not listed (left out)" in line for line in lines)
     assert any("is no list" in line for line in lines)
+
+
+@pytest.mark.parametrize("step", [-1, 1])
+def test_ids_that_count_from_another_number_are_an_error(folder, step):
+    """All but one would meet, each under a wrong name."""
+    renumber(folder, "categories", ["category_id"], [4, 5, 6], [4 + step, 5 + step, 6 + step])
+    with pytest.raises(DataError, match="shifted by one, so that all names are wrong"):
+        read_dataset(folder)

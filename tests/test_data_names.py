@@ -171,3 +171,13 @@ def test_a_category_called_visual_is_asked(tmp_path):
     data, _ = open_datasets(config)
     batch = next(make_train_loader(data, ("visual",), [[0] * 16], config))
     assert batch.targets.num_targets.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "setting", [{"phrases": {"red cup": "\u200b"}}, {"negative_phrases": ["\u200b"]}]
+)
+def test_phrases_of_which_nothing_is_read_are_refused(tmp_path, setting):
+    folder = write(tmp_path / "d", [annotation(0, 0, 1, (2, 3, 20, 18))])
+    config = parse_config({"model": {"preset": "tiny"}, "data": {"train": str(folder), **setting}})
+    with pytest.raises(DataError, match="nothing to read"):
+        open_datasets(config)

@@ -23,6 +23,7 @@ Edges = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 _NEARLY_ALL = 0.95
 _OVER = 0.1  # share of boxes over the picture's edge from which another convention is looked for
 _MISFIT = 0.3  # share of boxes that miss their masks from which another convention is looked for
+_MANY = 20  # boxes from which it is no chance that all lie in the same corner
 _IN_PIXELS = 4  # readings, the first ones, that need no mask to be told apart
 _NONE = (float("nan"),) * 4
 _SIZES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
@@ -43,7 +44,7 @@ def parse_box(value: Any) -> Box | None:
         value = value[0]
     if not isinstance(value, list | tuple) or len(value) != 4:
         return None
-    x, y, w, h = (number(v) for v in value)
+    x, y, w, h = number(value[0]), number(value[1]), number(value[2]), number(value[3])
     if x is None or y is None or w is None or h is None:
         return None
     return x, y, w, h
@@ -144,8 +145,8 @@ class BoxJudge:
         """A box and the extent of its mask, both as stated; None where there is none."""
         self._rows.extend((*(box or _NONE), *(extent or _NONE), width, height))
 
-    def check(self, source: str) -> None:
-        """Raise DataError where nearly all boxes mean something else."""
+    def check(self, source: str, ledger: Ledger) -> None:
+        """Raise DataError where nearly all boxes mean something else; what may be so is counted."""
         rows = np.frombuffer(self._rows, np.float64).reshape(-1, 10)
         if not len(rows):
             return
@@ -156,6 +157,8 @@ class BoxJudge:
         both = boxed & masked
         self._check_masks(boxes[both], extents[both], sizes[both], source)
         self._check_edges(boxes[boxed], sizes[boxed], source)
+        if _may_be_percent(_corners(boxes[boxed]), sizes[boxed]):
+            ledger.add("box in the first 100 x 100 pixels, as all are: percent of the picture?", count=int(boxed.sum()))  # fmt: skip
 
     @staticmethod
     def _check_shares(what: str, values: np.ndarray, sizes: np.ndarray, source: str) -> None:
@@ -230,6 +233,14 @@ def _readings(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
         )
         / 1000,
     }
+
+
+def _may_be_percent(edges: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether many boxes of large pictures fill 0 to 100 and nothing else."""
+    if len(edges) < _MANY or sizes.min() < 200:
+        return False
+    reach = edges[:, 2:].max(0)
+    return bool((reach <= 100.5).all() and (reach > 80).all())
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:

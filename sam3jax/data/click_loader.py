@@ -15,15 +15,18 @@ from sam3jax.config import Config, ConfigError
 from sam3jax.data import transforms
 from sam3jax.data.augmentation import Change, draw_change
 from sam3jax.data.examples import Arrays, move_instance, stack
+from sam3jax.data.judgements import nearly_all
 from sam3jax.data.ledger import DataError
 from sam3jax.data.loader import EvalLoader, TrainLoader
 from sam3jax.data.records import Annotation, Dataset, ImageRecord
 from sam3jax.data.sampling import Order, fingerprint
+from sam3jax.data.stored_clicks import is_in_box
 from sam3jax.data.streams import ENDLESS, Opaque, local_size, run_ahead
 from sam3jax.types import ClickBatch
 
 NO_POINT = -2
 MOST_STORED = 16
+_SEVERAL = 5  # stored clicks beside their objects that are no slip of the hand
 
 
 def clickable(record: ImageRecord) -> tuple[Annotation, ...]:
@@ -131,7 +134,7 @@ def objects_of(dataset: Dataset, config: Config) -> int:
 def stored_clicks(dataset: Dataset) -> int:
     """Clicks that annotations bring with them: the most of one object, 16 at most as SAM 3 reads.
 
-    Raises DataError where they are shares of the picture instead of pixels.
+    Raises DataError where they are shares of the picture instead of pixels, or belong to other objects.
     """
     clicked = [(r, a) for r in dataset.images for a in clickable(r) if a.clicks]
     places = np.array([c[:2] for _, a in clicked for c in a.clicks])
@@ -141,6 +144,14 @@ def stored_clicks(dataset: Dataset) -> int:
             f"{record.file.name}: the stored `points` {[list(c[:2]) for c in annotation.clicks[:2]]} look like "
             f"shares of the picture, as all others of {dataset.name}: they are x, y in pixels, here up to "
             f"{record.width - 1}, {record.height - 1}"
+        )
+    inner = [(r, c, is_in_box(c[0], c[1], a.bbox)) for r, a in clicked for c in a.clicks if c[2]]
+    missed = [(record.file.name, list(click[:2])) for record, click, inside in inner if not inside]
+    if len(missed) >= _SEVERAL and nearly_all(len(missed), len(inner)):
+        raise DataError(
+            f"{len(missed):,} of {len(inner):,} stored clicks with label 1 of {dataset.name} lie outside the box of "
+            f"their object (for example {missed[0][0]}, {missed[0][1]}): they are x, y in pixels; is y before x, or "
+            f"are they of other objects?"
         )
     return min(max((len(a.clicks) for _, a in clicked), default=0), MOST_STORED)
 

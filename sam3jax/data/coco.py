@@ -18,14 +18,21 @@ from typing import Any
 from sam3jax.data.boxes import BoxJudge, parse_box, place_box, reaches_over
 from sam3jax.data.ids import key_of
 from sam3jax.data.json_file import load_json, no_collection, sections
-from sam3jax.data.judgements import LEFT_OUT, UNLISTED, judge_crowds, judge_left_out, require_masks
+from sam3jax.data.judgements import (
+    LEFT_OUT,
+    UNLISTED,
+    judge_crowds,
+    judge_left_out,
+    judge_shift,
+    require_masks,
+)
 from sam3jax.data.ledger import DataError, Ledger, Where
 from sam3jax.data.listing import Listing, Locate
 from sam3jax.data.names import Categories, read_categories, rename_categories
 from sam3jax.data.numbers import flag, number
 from sam3jax.data.records import Annotation, Dataset, ImageRecord, decode_mask, used_categories
 from sam3jax.data.segmentations import read_segmentation, segmentation_area
-from sam3jax.data.stored_clicks import read_clicks
+from sam3jax.data.stored_clicks import is_in_box, read_clicks
 
 __all__ = [
     "Annotation",
@@ -44,6 +51,7 @@ Check = Callable[[list[ImageRecord], Ledger], list[ImageRecord]]
 
 _PHRASE_FIELDS = ("phrase", "noun_phrase", "caption")
 _DOUBTS = ("ignore", "difficult")
+_NOTED = frozenset((*_PHRASE_FIELDS, *_DOUBTS))
 # What exporters call COCO's fields.
 _OTHER_NAMES = {
     "image_id": ("imageId", "image_ID", "img_id"),
@@ -71,6 +79,8 @@ def parse_coco(
     """
     images, annotations, categories = sections(raw, source)
     ledger = Ledger()
+    if raw.get("videos"):
+        ledger.add("`videos` of the file is not used: frames are read as pictures, without tracks")
     names = read_categories(categories, ledger, source)
     listing = Listing(images, locate, names, ledger, source)
     if not listing.records:
@@ -88,10 +98,12 @@ def parse_coco(
         for record, found in zip(listing.records, reader.found)
     ]
     records = [_without_contradiction(record, ledger) for record in records]
-    reader.judge.check(source)
+    if not names.ids.sources:
+        judge_shift(reader.stated_categories, set(names.names), source)
+    reader.judge.check(source, ledger)
     covered = sum(bool(found) for found in reader.found)
     judge_left_out(ledger, len(annotations), covered, len(records), source)
-    judge_crowds(records, source)
+    judge_crowds((record.annotations for record in records), source)
     sources = {"image": listing.ids.sources, "category": names.ids.sources}
     return Dataset(
         name=name,
@@ -120,6 +132,9 @@ class _Reader:
         self.found: list[list[Annotation]] = [[] for _ in listing.records]
         self.judge = BoxJudge()
         self.stated_masks = 0
+        self.stated_categories: set[Any] = (
+            set()
+        )  # as annotations write their ids, whole numbers only
         self._listing, self._categories, self._ledger = listing, categories, ledger
         self._ids: set[Any] = set()
         self._seen: Counter[tuple] = Counter()
@@ -142,29 +157,46 @@ class _Reader:
         record = self._listing.records[row]
         where = (self._listing.names[row], id)
         category = self._categories.find(item["category_id"])
+        if type(item["category_id"]) is int:
+            self.stated_categories.add(item["category_id"])
         if category is None:
             category = self._categories.find_by_name(item["category_id"])
             if category is None:
                 found = item["category_id"]
                 ledger.add(f"{LEFT_OUT}: its category is not listed", *where, found)
                 return
+        # Most ids are plain numbers, and most annotations have no other fields: looking closer costs time.
+        if type(item["image_id"]) is not int or type(item["category_id"]) is not int:
+            self._note_ids(item, where)
+        if not _NOTED.isdisjoint(item):
+            self._note_fields(item, where)
+        annotation = self._annotation(item, record, category, where)
+        if annotation is not None and self._is_new(annotation, row, where):
+            self.found[row].append(annotation)
+            if annotation.clicks:
+                self._look_at_clicks(annotation, where)
+
+    def _note_ids(self, item: dict, where: Where) -> None:
         for field, ids in (("image_id", self._listing.ids), ("category_id", self._categories.ids)):
-            # Most are plain numbers; looking up the others costs little.
-            if type(item[field]) is not int and not ids.lists(item[field]):
-                ledger.add(
+            if not ids.lists(item[field]):
+                self._ledger.add(
                     f"`{field}` is written otherwise than the id (read)", *where, item[field]
                 )
+
+    def _note_fields(self, item: dict, where: Where) -> None:
         for key in _PHRASE_FIELDS:
             if key in item:
-                ledger.add(
+                self._ledger.add(
                     f"annotation field `{key}` is not used: phrases are category names", *where
                 )
         for key in _DOUBTS:
             if key in item and flag(item[key]):
-                ledger.add(f"annotation field `{key}` is not used (kept as an instance)", *where)
-        annotation = self._annotation(item, record, category, where)
-        if annotation is not None and self._is_new(annotation, row, where):
-            self.found[row].append(annotation)
+                self._ledger.add(f"annotation field `{key}` is not used (kept as an instance)", *where)  # fmt: skip
+
+    def _look_at_clicks(self, annotation: Annotation, where: Where) -> None:
+        for x, y, kind in annotation.clicks:
+            if kind and not is_in_box(x, y, annotation.bbox):
+                self._ledger.add("stored click with label 1 lies outside the box of its object (kept)", *where, [x, y])  # fmt: skip
 
     def _in_coco_s_words(self, item: dict) -> dict:
         """The annotation with fields of other names where COCO's are missing."""

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from sam3jax.config import Config, DataConfig
 from sam3jax.data.folders import find_splits, has_split, read_dataset
@@ -55,12 +57,18 @@ def read_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
         valid = read_dataset_of(config, data.valid, data.valid_split)
     elif data.train in GENERATED or has_split(data.train, data.valid_split):
         valid = read_dataset_of(config, data.train, data.valid_split)
-    elif data.valid_split != DataConfig().valid_split:
-        raise DataError(
-            f"{data.train} has no split {data.valid_split!r}, it has "
-            f"{', '.join(find_splits(data.train))}: set data.valid_split"
-        )
+    else:
+        check_valid_split(data, find_splits(data.train))
     return train, valid
+
+
+def check_valid_split(data: DataConfig, splits: Mapping[str, Any]) -> None:
+    """Raise DataError where a validation split is asked for by name and is none of the data's."""
+    if data.valid_split != DataConfig().valid_split:
+        raise DataError(
+            f"{data.train} has no split {data.valid_split!r}, it has {', '.join(splits)}: set "
+            f"data.valid_split"
+        )
 
 
 def prepare_datasets(

@@ -62,7 +62,7 @@ def _describe(dataset: Dataset, queries: int) -> Iterator[str]:
         f"picture's phrases, at the default max_prompts"
     )
     yield from _categories(dataset)
-    found = [*_entries(dataset.problems), *_odd(dataset, masks, queries)]
+    found = [*entry_lines(dataset.problems), *_odd(dataset, masks, queries)]
     yield f"odd           {'nothing' if not found else ''}".rstrip()
     yield from (f"    {line}" for line in found)
 
@@ -111,7 +111,8 @@ def _categories(dataset: Dataset) -> Iterator[str]:
         yield f"    no annotations, never asked: {_some(unused, 20)}"
 
 
-def _entries(problems: Mapping[str, int]) -> Iterator[str]:
+def entry_lines(problems: Mapping[str, int]) -> Iterator[str]:
+    """A line for each kind of oddity, with the first entries of it."""
     for sentence, count in problems.items():
         line = f"{count:>7} x {sentence}"
         if isinstance(problems, Ledger) and (entries := problems.entries(sentence)):

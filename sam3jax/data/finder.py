@@ -8,6 +8,7 @@ so a name or a link that leads out of the folder is refused, unless `data.allow_
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from sam3jax.data.ledger import DataError, shown
 
 _WALKED = 200_000  # files that are looked through for near names
 _PICTURES = frozenset(("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "heic", "avif", "jfif"))
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of uploads
 _FILE, _LINK, _OTHER = "file", "link", "other"
 
 
@@ -49,7 +51,7 @@ class Finder:
                 if found := self._look(inner, relative.name):
                     return found
         if path.is_absolute() and path.name and self._look(Path(path.parent), path.name):
-            raise _outside(str(path), self._root)
+            raise outside(str(path), self._root)
         return None
 
     def near(self, file_name: str) -> str | None:
@@ -84,7 +86,7 @@ class Finder:
             if kind == _LINK:
                 inside = self._within(os.path.realpath(file))
             if not inside:
-                raise _outside(str(file), self._root)
+                raise outside(str(file), self._root)
         return file
 
     def _listed(self, folder: Path) -> dict[str, str]:
@@ -108,7 +110,8 @@ class Finder:
         return os.path.commonpath([real, self._real_root]) == self._real_root
 
 
-def _outside(file: str, root: Path) -> DataError:
+def outside(file: str, root: Path) -> DataError:
+    """The sentence for a picture that a name or a link leads out of the data folder to."""
     return DataError(
         f"picture {file} lies outside the data folder {root}: move it there, point data.train to a "
         f"folder that holds both, or allow it with data.allow_outside=true (pictures are shown in reports)"
@@ -132,9 +135,8 @@ def _walk(root: Path):
 
 def _plain(name: str) -> str:
     """Equal for names that people and file systems take for the same."""
-    stem, dot, suffix = (
-        unicodedata.normalize("NFC", unquote(name)).strip().casefold().rpartition(".")
-    )
+    plain = unicodedata.normalize("NFKC", unquote(name)).strip().casefold()
+    stem, dot, suffix = _UPLOADED.sub("", plain).rpartition(".")
     if not dot:
         return " ".join(suffix.split())
     return f"{' '.join(stem.split())}.{'jpg' if suffix == 'jpeg' else suffix}"

@@ -21,9 +21,11 @@ from sam3jax.data import formats
 from sam3jax.data.coco import Dataset, load_json, parse_coco
 from sam3jax.data.finder import Finder
 from sam3jax.data.json_file import looks_like_coco
+from sam3jax.data.judgements import nearly_all
 from sam3jax.data.ledger import DataError, Ledger
 from sam3jax.data.pictures import DEFAULT, Header, Reading, check_pictures, no_frame
 from sam3jax.data.records import ImageRecord
+from sam3jax.data.volumes import neighbours
 
 PICTURES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -32,7 +34,6 @@ PICTURES = frozenset(
 _VALID = ("valid", "val", "validation")
 _ALIASES = {"valid": _VALID, "val": _VALID, "train": ("train", "training")}
 _SPLIT_WORDS = {"test", *_VALID, *_ALIASES["train"]}
-_OTHER_TASKS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info", "deprecated")
 _MACOS = "__MACOSX"
 ONLY = "all"  # the split of a folder that has no splits
 DEFAULT_SPLITS = ("train", "valid", ONLY)  # what is asked of such a folder without meaning a split
@@ -60,7 +61,7 @@ def find_splits(path: str | Path) -> dict[str, Path]:
     if not root.is_dir():
         return {ONLY: root}
     splits: dict[str, Path] = {}
-    folders = [p for p in _entries(root) if p.is_dir() and p.name != "annotations"]
+    folders = [p for p in entries(root) if p.is_dir() and p.name != "annotations"]
     for folder in sorted(folders, key=lambda p: (not p.name.startswith("train"), p.name)):
         if file := _annotation_file(folder):
             splits[folder.name] = file
@@ -87,6 +88,22 @@ def has_split(path: str | Path, split: str) -> bool:
     return match_split(find_splits(path), split) is not None
 
 
+def choose_split(path: str | Path, splits: dict[str, Path], split: str) -> str:
+    """Which of the splits of `path` is meant. Raises DataError where none is."""
+    name = match_split(splits, split)
+    if list(splits) == [ONLY]:
+        root = Path(path).expanduser()
+        own = {*_words(root.name), *_words(root.stem), *_words(splits[ONLY].stem)}
+        name = ONLY if split in DEFAULT_SPLITS or set(names_of(split)) & own else None
+    if name is None:
+        found = "no splits" if list(splits) == [ONLY] else ", ".join(splits)
+        raise DataError(
+            f"{path} has no split {split!r}, it has {found}: set data.train_split or "
+            f"data.valid_split"
+        )
+    return name
+
+
 def read_dataset(
     path: str | Path,
     split: str = "train",
@@ -102,17 +119,7 @@ def read_dataset(
     """
     splits = find_splits(path)
     root = Path(path).expanduser()
-    name = match_split(splits, split)
-    if list(splits) == [ONLY]:
-        own = {*_words(root.name), *_words(root.stem), *_words(splits[ONLY].stem)}
-        asked = set(_ALIASES.get(split, (split,)))
-        name = ONLY if split in DEFAULT_SPLITS or asked & own else None
-    if name is None:
-        found = "no splits" if list(splits) == [ONLY] else ", ".join(splits)
-        raise DataError(
-            f"{path} has no split {split!r}, it has {found}: set data.train_split or "
-            f"data.valid_split"
-        )
+    name = choose_split(path, splits, split)
     file = splits[name]
     if not root.is_dir():
         root = file.parent.parent if file.parent.name == "annotations" else file.parent
@@ -142,6 +149,8 @@ def _with_headers(
         if header.deep == "colour":
             ledger.add("picture has sixteen bits a colour: the upper eight are read", record.file.name)  # fmt: skip
     records = _of_one_frame(records, headers, ledger)
+    if reading.slices > 1:
+        _note_lonely(records, headers, ledger)
     paged = {r.file for r in records if r.frame}
     for record, header in zip(records, headers):
         if header.frames > 1 and record.file not in paged:
@@ -154,6 +163,18 @@ def _with_headers(
         replace(record, orientation=header.orientation, stored=header.size, reading=reading)
         for record, header in zip(records, headers)
     ]
+
+
+def _note_lonely(records: list[ImageRecord], headers: list[Header], ledger: Ledger) -> None:
+    """Count pictures without neighbours. Raises DataError where nearly none has any."""
+    lonely = [r for r, h in zip(records, headers) if h.frames == 1 and set(neighbours(r.file)) == {r.file}]  # fmt: skip
+    if nearly_all(len(lonely), len(records)):
+        raise DataError(
+            f"data.slices=3 finds no neighbours of {len(lonely):,} of {len(records):,} pictures, the first is "
+            f"{lonely[0].file}: expected a stack, or files whose names differ in their last number"
+        )
+    for record in lonely:
+        ledger.add("picture has no neighbours: its three channels are equal", record.file.name)
 
 
 def _of_one_frame(
@@ -175,13 +196,14 @@ def _of_one_frame(
     return found
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, in order, without what macOS or an editor left there."""
     return sorted(p for p in folder.iterdir() if not is_hidden(p))
 
 
 def _json_files(folder: Path) -> list[Path]:
     """JSON files that may be annotations: labelme's, one a picture, are not."""
-    files = [p for p in _entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
+    files = [p for p in entries(folder) if p.suffix.lower() == ".json" and p.is_file()]
     return [p for p in files if not formats.is_labelme(p)]
 
 
@@ -205,7 +227,7 @@ def _annotation_file(folder: Path) -> Path | None:
 
 def _named_files(folder: Path) -> dict[str, Path]:
     """Split -> JSON, from names such as instances_train2017.json, train.json, data_val.json."""
-    files = [f for f in _json_files(folder) if not f.stem.startswith(_OTHER_TASKS)]
+    files = [f for f in _json_files(folder) if not f.stem.startswith(formats.OTHER_TASKS)]
     if len(files) > 1:  # a file that names a split counts though it cannot be read: that is said
         files = [f for f in files if looks_like_coco(f) or _kind(f.stem)] or files
     instances = [f for f in files if f.stem.startswith("instances_")]
@@ -219,9 +241,14 @@ def _listed(files: Iterable[Path]) -> str:
     return " and ".join(file.name for file in files)
 
 
+def names_of(split: str) -> tuple[str, ...]:
+    """What a split may be called: valid is val and validation too."""
+    return _ALIASES.get(split, (split,))
+
+
 def match_split(splits: dict[str, Path], split: str) -> str | None:
     """The split's name among those found: itself, an alias, or one that holds it as a word."""
-    wanted = _ALIASES.get(split, (split,))
+    wanted = names_of(split)
     for name in wanted:
         if name in splits:
             return name
@@ -241,7 +268,7 @@ def _kind(name: str) -> str | None:
     """train, valid or test, where a name holds such a word."""
     words = _SPLIT_WORDS & set(_words(name))
     for kind in ("train", "valid", "test"):
-        if words & set(_ALIASES.get(kind, (kind,))):
+        if words & set(names_of(kind)):
             return kind
     return None
 
@@ -257,8 +284,7 @@ def _picture_folders(root: Path, file: Path, split: str) -> list[Path]:
     if file.parent.name == "annotations":
         tops.append(file.parent.parent)
     names = [split, file.stem.removeprefix("instances_"), *_words(split)]
-    if split in _ALIASES:
-        names += _ALIASES[split]
+    names += names_of(split)
     folders = [file.parent, file.parent / "images", file.parent / "data"]
     for top in tops:
         for name in names:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from sam3jax.data.json_file import looks_like_coco
+
+_MASKS = ("_mask.png", "-mask.png")
+_ARCHIVES = (".zip", ".gz", ".tar", ".tgz", ".7z", ".rar")
+OTHER_TASKS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info", "deprecated")
 _LOOKED_AT = 2000  # files below a folder
 
 
@@ -31,7 +36,7 @@ def recognise(root: Path) -> str | None:
         return "cvat"
     if any(is_labelme(p) for p in files[:200] if p.suffix.lower() == ".json"):
         return "labelme"
-    if {"masks", "mask"} & folders:
+    if {"masks", "mask", "segmentationclass"} & folders or any(n.endswith(_MASKS) for n in names):
         return "masks"
     return None
 
@@ -43,7 +48,7 @@ def hint(root: Path) -> str:
     except OSError:
         return ""
     if kind is None:
-        return ""
+        return _deeper(root)
     if kind == "video":
         return (
             ". It looks like video (DAVIS, YouTube-VOS or YouTube-VIS): train on it with task=clips, or "
@@ -53,6 +58,21 @@ def hint(root: Path) -> str:
         f". It looks like {kind}: python -m sam3jax.doctor {root} --import {kind} --out COCO_DIR "
         f"converts it"
     )
+
+
+def _deeper(root: Path) -> str:
+    """Where there is a COCO file further down, or an archive; or nothing."""
+    for file in itertools.islice(root.rglob("*"), _LOOKED_AT):
+        if file.suffix.lower() in _ARCHIVES:
+            return f". {file} is an archive: unpack it"
+        if file.suffix.lower() != ".json" or file.name.startswith(".") or not looks_like_coco(file):
+            continue
+        if file.stem.startswith(OTHER_TASKS):
+            return (
+                f". {file} is left aside: its name says that it is for another task than instances"
+            )
+        return f". There is {file}: give that file, or the folder above its splits"
+    return ""
 
 
 def _starts(file: Path, *tags: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sam3jax.data.folders import PICTURES
+from sam3jax.data.folders import PICTURES, entries
 from sam3jax.data.pictures import DEFAULT, DataError, Reading, displayed_size, open_rgb
 from sam3jax.data.records import ImageRecord
 
@@ -163,16 +163,22 @@ def open_frames(path: str | Path, reading: Reading = DEFAULT) -> FrameFiles | Fi
     """A folder of pictures, one picture, or a film. Raises DataError."""
     path = Path(path).expanduser()
     if path.is_dir():
-        files = [f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.is_file()]
+        files = frame_files(path)
         if not files:
             raise DataError(
                 f"folder {path} holds no frame ({' '.join(sorted(PICTURES))}): give the folder in "
                 f"which the pictures lie, or a film"
             )
-        return FrameFiles(sorted(files, key=by_number), reading=reading)
+        return FrameFiles(files, reading=reading)
     if path.suffix.lower() in PICTURES and path.is_file():
         return FrameFiles([path], reading=reading)
     return Film(path)
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The pictures of a folder in the order of their numbers, without what macOS or an editor left there."""
+    files = (f for f in entries(folder) if f.suffix.lower() in PICTURES and f.is_file())
+    return sorted(files, key=by_number)
 
 
 def is_film(path: str | Path) -> bool:

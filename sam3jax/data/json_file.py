@@ -13,6 +13,23 @@ from typing import Any
 from sam3jax.data.ledger import DataError, shown
 
 SECTIONS = ("images", "annotations", "categories")
+_LISTS = (  # tools that write a list of pictures
+    ("Label Studio", ("annotations", "data")),
+    ("Label Studio", ("image", "label")),
+    ("CreateML", ("image", "annotations")),
+    ("Labelbox", ("data_row", "projects")),
+)
+_DICTIONARIES = (
+    ("VIA", ("_via_img_metadata",)),
+    ("Datumaro", ("categories", "items")),
+    ("SuperAnnotate", ("metadata", "instances")),
+    ("Supervisely", ("classes", "tags")),
+    ("Supervisely", ("objects", "size")),
+    ("FiftyOne", ("samples",)),
+    ("labelme", ("shapes", "imagePath")),
+)
+_MAGIC = ((b"PK\3\4", "an archive: unpack it"), (b"\x1f\x8b", "an archive: unpack it"),
+          (b"\x89PNG", "a picture: give the folder"), (b"\xff\xd8\xff", "a picture: give the folder"))  # fmt: skip
 
 
 def load_json(path: Path) -> Any:
@@ -25,6 +42,8 @@ def load_json(path: Path) -> Any:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if not data.strip():
         raise DataError(f"{path} is not JSON (it is empty): export the annotations again")
+    if what := next((what for magic, what in _MAGIC if data.startswith(magic)), None):
+        raise DataError(f"{path} is {what}")
     # JSON allows a key twice, and the first one is lost in silence.
     twice = any(data.count(f'"{key}"'.encode()) > 1 for key in SECTIONS)
     try:
@@ -53,6 +72,11 @@ def looks_like_coco(path: Path) -> bool:
 
 def sections(raw: Any, source: str) -> tuple[list, list, list]:
     """`images`, `annotations` and `categories`. Raises DataError where `raw` is something else."""
+    if tool := _tool(raw):
+        raise DataError(
+            f"{source} is {tool}'s own format, not COCO: export the data set from there as COCO instance "
+            f"annotations"
+        )
     if isinstance(raw, list):
         raise DataError(
             f"{source} is a list, expected a COCO dictionary with `images`, `annotations` and "
@@ -76,6 +100,18 @@ def sections(raw: Any, source: str) -> tuple[list, list, list]:
     if not raw["categories"]:
         raise DataError(f"{source} has no categories: export COCO *instance* annotations")
     return raw["images"], raw["annotations"], raw["categories"]
+
+
+def _tool(raw: Any) -> str | None:
+    """Whose file it is, by the names of its fields; None for COCO and for what is not known."""
+    entries = raw if isinstance(raw, list) else raw.values() if isinstance(raw, dict) else ()
+    first = next(iter(entries), None)
+    if isinstance(first, dict) and {"filename", "regions"} <= first.keys():
+        return "VIA"
+    fields, tools = (first, _LISTS) if isinstance(raw, list) else (raw, _DICTIONARIES)
+    if not isinstance(fields, dict) or "images" in fields:
+        return None
+    return next((tool for tool, own in tools if set(own) <= fields.keys()), None)
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from sam3jax.data.ledger import DataError, Ledger
-from sam3jax.data.records import Dataset, ImageRecord
+from sam3jax.data.records import Annotation, Dataset
 
 LEFT_OUT = "annotation left out"
 UNLISTED = f"{LEFT_OUT}: its picture is not listed"
+
 _ENOUGH = 20  # entries from which 95 % of them count as all
 _REMEDIES = {
     UNLISTED: "the `image_id` of annotations and the `id` of `images` never meet: export both together",
@@ -49,12 +51,25 @@ def judge_left_out(ledger: Ledger, total: int, covered: int, pictures: int, sour
     )
 
 
-def judge_crowds(images: list[ImageRecord], source: str) -> None:
+def judge_shift(stated: set[int], listed: set[int], source: str) -> None:
+    """Raise DataError where annotations count categories from another number than `categories` does."""
+    if len(listed) < 2 or stated == listed:
+        return
+    for step in (-1, 1):
+        if stated == {number + step for number in listed}:
+            raise DataError(
+                f"{source}: the `category_id` of annotations are {min(stated)} to {max(stated)}, the `id` of "
+                f"`categories` {min(listed)} to {max(listed)}: shifted by one, so that all names are wrong? Export "
+                f"both together, or take the annotations of the category that is not listed out"
+            )
+
+
+def judge_crowds(found: Iterable[Sequence[Annotation]], source: str) -> None:
     """Raise DataError where nearly every instance is marked as a crowd: none would be trained."""
     total = crowds = 0
-    for image in images:
-        total += len(image.annotations)
-        crowds += sum(a.iscrowd for a in image.annotations)
+    for part in found:
+        total += len(part)
+        crowds += sum(a.iscrowd for a in part)
     if nearly_all(crowds, total):
         raise DataError(
             f"{source}: {crowds:,} of {total:,} annotations are marked as crowds, of which nothing is "

@@ -16,7 +16,12 @@ from sam3jax.data.records import ImageRecord
 
 Locate = Callable[[str], Path | None]
 
-_OTHER_NAMES = ("filename", "fileName", "file")  # of `file_name`
+_OTHER_NAMES = (
+    "filename",
+    "fileName",
+    "file",
+    "coco_url",
+)  # of `file_name`; the last one is LVIS's
 _LARGEST_EDGE = 1_000_000  # pixels; a stated size beyond it is no size
 
 

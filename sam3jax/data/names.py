@@ -12,7 +12,7 @@ import math
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from sam3jax.data.ids import Ids
 from sam3jax.data.ledger import DataError, Ledger, shown
@@ -21,6 +21,15 @@ from sam3jax.data.tokenizer import words
 
 _JOINERS = "\u200c\u200d"
 _LISTED = 20  # category names that a message lists
+
+
+class Named(Protocol):
+    """A data set of pictures or of videos."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def categories(self) -> Mapping[int, str]: ...
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def merge_equal_names(names: Mapping[int, str], ledger: Ledger) -> dict[int, int
     return merged
 
 
-def check_phrases(phrases: Mapping[str, str], *datasets: Dataset) -> None:
+def check_phrases(phrases: Mapping[str, str], *datasets: Named) -> None:
     """Raise DataError for a key of data.phrases that names no category of any of the data sets."""
     there = {phrase_key(n): n for d in datasets for n in d.categories.values()}
     for key in phrases:
@@ -166,6 +175,10 @@ def check_phrases(phrases: Mapping[str, str], *datasets: Dataset) -> None:
         )
     seen: dict[str, str] = {}
     for key, value in phrases.items():
+        if not phrase_key(value):
+            raise DataError(
+                f"data.phrases gives {shown(key)} the phrase {shown(value)}, which has nothing to read"
+            )
         if seen.setdefault(phrase_key(key), value) != value:
             raise DataError(
                 f"data.phrases gives {shown(key)} two phrases, {shown(seen[phrase_key(key)])} and "

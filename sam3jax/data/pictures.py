@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sam3jax.data import volumes
 from sam3jax.data.depth import Window, to_bytes
@@ -26,7 +26,7 @@ __all__ = ["DataError", "Header", "Reading", "open_rgb", "read_header", "read_pi
 # Pillow's own guard. It stays on for the whole process; who asks for more megapixels passes by it.
 MOST_MEGAPIXELS = 178
 _GUARD = threading.Lock()
-_BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, IndexError,
+BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, IndexError,
            KeyError, TypeError, OverflowError, MemoryError, Image.DecompressionBombError)  # fmt: skip
 _ORIENTATION = 0x0112  # EXIF
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
@@ -99,26 +99,23 @@ def open_rgb(
                     raise no_frame(file, frames, frame)
                 rgb = _channels([volumes.read_slice(file, f) for f in _near(file, frame, reading)], reading)  # fmt: skip
             elif reading.slices > 1:
-                rgb = _stack(file, frame, reading)
+                rgb = _stack(file, frame, reading, size)
             else:
                 with _open(file, reading.megapixels) as image:
                     _seek(image, file, frame)
                     deep = _deep(image)  # first: looking for EXIF may decode the picture
-                    orientation = _orientation(image)
+                    turn = _turn(image, size)
                     image.load()
                     rgb = _rgb(image, file, deep, reading.window)
-                    if orientation in _TRANSPOSE and not _annotated_as_stored(
-                        image.size, orientation, size
-                    ):
-                        rgb = rgb.transpose(_TRANSPOSE[orientation])
+                    rgb = rgb if turn is None else rgb.transpose(turn)
     except FileNotFoundError as error:
         raise DataError(f"picture {file} does not exist") from error
     except DataError:
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         raise _unreadable(file, error) from error
     if size is not None and rgb.size != tuple(size):
-        raise _other_size(file, rgb.size, size)
+        raise other_size(file, rgb.size, size)
     return rgb
 
 
@@ -139,7 +136,7 @@ def size_of_bytes(content: bytes, name: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return Header(image.size, _orientation(image)).displayed
-    except _BROKEN as error:
+    except BROKEN as error:
         raise _unreadable(Path(name), error) from error
 
 
@@ -158,7 +155,7 @@ def read_header(file: Path, megapixels: float = MOST_MEGAPIXELS) -> Header:
         raise DataError(f"picture {file} does not exist") from error
     except DataError:
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         raise _unreadable(file, error) from error
 
 
@@ -203,7 +200,7 @@ def _check(picture: tuple[Path, int, int, int], reading: Reading) -> Header | Da
     try:
         header = read_header(file, reading.megapixels)
         if (width, height) not in (header.size, header.displayed):
-            return _other_size(file, header.displayed, (width, height))
+            return other_size(file, header.displayed, (width, height))
         if frame >= header.frames > 1:
             return no_frame(file, header.frames, frame)
         if header.deep == "colour" or not _looks_complete(file):
@@ -276,6 +273,13 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
+def _turn(image: Image.Image, size: tuple[int, int] | None) -> Image.Transpose | None:
+    """What makes it upright; None where it is, or where its annotations are of `size`, unturned."""
+    orientation = _orientation(image)
+    as_stored = _annotated_as_stored(image.size, orientation, size)
+    return None if as_stored else _TRANSPOSE.get(orientation)
+
+
 def _header_orientation(image: Image.Image, file: Path) -> int:
     """`_orientation` from the first bytes; Pillow decodes a whole PNG to look for EXIF behind it."""
     if image.format == "PNG" and "exif" not in image.info:
@@ -327,7 +331,7 @@ def _near(file: Path, frame: int, reading: Reading) -> list[int]:
     return [min(max(frame + step, 0), last) for step in (-1, 0, 1)]
 
 
-def _stack(file: Path, frame: int, reading: Reading) -> Image.Image:
+def _stack(file: Path, frame: int, reading: Reading, size: tuple[int, int] | None) -> Image.Image:
     """A page and its neighbours, or a file and its neighbours in the folder, as three channels."""
     if read_header(file, reading.megapixels).frames > 1:
         pages = [(file, f) for f in _near(file, frame, reading)]
@@ -338,7 +342,9 @@ def _stack(file: Path, frame: int, reading: Reading) -> Image.Image:
         with _open(name, reading.megapixels) as image:
             _seek(image, name, page)
             deep = _deep(image) == "grey"
-            planes.append(np.asarray(image if deep else image.convert("L")))
+            turn = _turn(image, size)
+            plane = image if deep else image.convert("L")
+            planes.append(np.asarray(plane if turn is None else plane.transpose(turn)))
     return _channels(planes, reading)
 
 
@@ -360,7 +366,9 @@ def _unreadable(file: Path, error: Exception) -> DataError:
         return DataError(
             f"picture {file} is HEIC, which needs a reader: pip install pillow-heif, or save it as JPEG"
         )
-    reason = _foreign(file) or " ".join(str(error).split()) or type(error).__name__
+    unknown = isinstance(error, UnidentifiedImageError)
+    text = "no known format of pictures" if unknown else " ".join(str(error).split())
+    reason = _foreign(file) or text or type(error).__name__
     return DataError(
         f"picture {file} cannot be read ({reason}): replace the file, or take it out of the JSON"
     )
@@ -380,7 +388,8 @@ def _foreign(file: Path) -> str:
     return "it is a web page" if head.startswith((b"<!doctype html", b"<html")) else ""
 
 
-def _other_size(file: Path, found: tuple[int, int], stated: tuple[int, int]) -> DataError:
+def other_size(file: Path, found: tuple[int, int], stated: tuple[int, int]) -> DataError:
+    """The sentence for a picture of another size than its annotations state."""
     turned = ", width and height exchanged" if tuple(found) == tuple(stated)[::-1] else ""
     return DataError(
         f"picture {file} is {found[0]} x {found[1]} pixels, its annotations are for "

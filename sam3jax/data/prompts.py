@@ -62,6 +62,8 @@ def vocabulary(config: DataConfig, *datasets: Dataset) -> tuple[str, ...]:
             f"data.negative_phrases names categories of the data: {', '.join(clash)}; absent "
             f"categories are negatives already, take them out of the list"
         )
+    if silent := [n for n in config.negative_phrases if not phrase_key(n)]:
+        raise DataError(f"data.negative_phrases: {silent[0]!r} has nothing to read, take it out")
     visual = [VISUAL] if config.exemplars and config.visual_probability else []
     return tuple(dict.fromkeys([*names, *config.negative_phrases, *visual]))
 

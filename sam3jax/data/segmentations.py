@@ -6,6 +6,7 @@ that do not fill the picture, and ends the process on points far outside: all of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ Rle = Mapping[str, Any]  # {"size": [height, width], "counts": bytes}, compresse
 Extent = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 _NOT_RLE = frozenset("\"', ")  # are in no compressed RLE, whose characters are 0 to o
+_SHORT = 64  # numbers of a polygon
 _DIGITS = 7  # characters of a run length: 35 bits, more than pycocotools' 32
 
 
@@ -129,6 +131,12 @@ def _is_line(polygon: np.ndarray) -> bool:
 
 def _extent(polygon: np.ndarray) -> Extent:
     """Left, top, right, bottom; NaN where a coordinate is."""
+    if polygon.size <= _SHORT:  # numpy needs longer to start than Python for the whole of it
+        values = polygon.tolist()
+        if not math.isfinite(sum(values)):
+            return math.nan, math.nan, math.nan, math.nan
+        x, y = values[0::2], values[1::2]
+        return min(x), min(y), max(x), max(y)
     points = polygon.reshape(-1, 2)
     (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
     return left, top, right, bottom

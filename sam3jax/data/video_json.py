@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sam3jax.data.boxes import parse_box, place_box
+from sam3jax.data.boxes import BoxJudge, parse_box, place_box
 from sam3jax.data.coco import Annotation, load_json
-from sam3jax.data.folders import PICTURES
-from sam3jax.data.frames import Film, FrameFiles, by_number
+from sam3jax.data.finder import Finder
+from sam3jax.data.folders import entries
+from sam3jax.data.frames import Film, FrameFiles, by_number, frame_files
 from sam3jax.data.ids import Ids
+from sam3jax.data.judgements import judge_crowds
 from sam3jax.data.ledger import DataError, Ledger, shown
 from sam3jax.data.names import phrase_key, read_categories, visible
 from sam3jax.data.numbers import flag, number, whole
-from sam3jax.data.segmentations import read_segmentation
+from sam3jax.data.segmentations import Extent, Polygons, Rle, read_segmentation
 from sam3jax.data.videos import (
     NOT_ANNOTATED,
     FrameLabels,
@@ -26,18 +27,21 @@ from sam3jax.data.videos import (
 )
 
 _SAV_STRIDE = 4  # annotations at 6 frames per second of films at 24
+_SAV_RATE = 24.0  # frames per second of SA-V
 _RATE = 10.0  # frames per second where nothing says it
 _LEFT_OUT = "object left out"
 _EMPTY = "mask left out: RLE without a pixel"  # how SA-V says that an object is not there
 OBJECT = "object"  # the phrase of data without categories
 
 
-def read_json(file: Path, split: str | None = None, *, allow_outside: bool = False) -> VideoDataset:
+def read_json(
+    file: Path, split: str | None = None, *, root: Path | None = None, allow_outside: bool = False
+) -> VideoDataset:
     """YT-VIS: `videos` (file_names), `annotations` (one an object: segmentations, null = absent).
 
     A `noun_phrase` of an annotation goes before its category's name. `video_np_pairs` (SA-Co) are
     what is known of each video: pairs without an object are its negatives, other phrases unknown.
-    allow_outside: frames may lie outside the folder. Raises DataError.
+    allow_outside: frames may lie outside `root`, by default the JSON's folder. Raises DataError.
     """
     raw = load_json(file)
     wanted = ("videos", "annotations", "categories")
@@ -65,21 +69,26 @@ def read_json(file: Path, split: str | None = None, *, allow_outside: bool = Fal
             if (category := phrases.find(pair)) is not None:
                 asked.add(category)
     videos: list[Video] = []
+    judge, stated = BoxJudge(), 0
+    find = Finder(_folders(file, split), root or file.parent, allow_outside=allow_outside)
+    taken: dict[Path, str] = {}
     for entry in raw["videos"]:
         own = ids.find(entry["id"])
         assert own is not None  # looked at by `_video_ids`
-        frames = _frames(entry, file, split, allow_outside)
+        frames = _frames(entry, file, find, taken)
         known = pairs.get(own)
         if known is None and "neg_category_ids" in entry:
-            known = phrases.categories(_listed(entry, "neg_category_ids", ledger))
-        unknown = phrases.categories(_listed(entry, "not_exhaustive_category_ids", ledger))
+            known = phrases.categories(entry, "neg_category_ids", ledger)
+        unknown = phrases.categories(entry, "not_exhaustive_category_ids", ledger)
         name = _name(entry)
+        labels, masks = _labels(by_video[own], frames, phrases, ledger, name, judge)
+        stated += masks
         videos.append(
             Video(
                 id=own,
                 name=name,
                 frames=frames,
-                labels=_labels(by_video[own], frames, phrases, ledger, name),
+                labels=labels,
                 negative_ids=None if known is None else frozenset(known),
                 not_exhaustive_ids=frozenset(unknown),
             )
@@ -92,7 +101,9 @@ def read_json(file: Path, split: str | None = None, *, allow_outside: bool = Fal
             f"{file}: none of {left:,} objects can be used (for example {ledger.examples(_LEFT_OUT, 2)}): "
             f"{next(s for s in ledger if s.startswith(_LEFT_OUT))}; export the videos again"
         )
-    return VideoDataset(str(file), tuple(videos), phrases.names, dict(ledger))
+    judge.check(str(file), ledger)
+    judge_crowds((frame.annotations for video in videos for frame in video.labels), str(file))
+    return VideoDataset(str(file), tuple(videos), phrases.names, ledger, stated)
 
 
 class _Phrases:
@@ -115,9 +126,15 @@ class _Phrases:
             self.names[self._numbers[key]] = phrase
         return self._numbers[key]
 
-    def categories(self, raw: list) -> set[int]:
-        """Those of a list of ids that are there."""
-        return {found for r in raw if (found := self._category(r)) is not None}
+    def categories(self, entry: Mapping[str, Any], field: str, ledger: Ledger) -> set[int]:
+        """Those of a list of ids that are there; others are counted."""
+        found = set()
+        for raw in _listed(entry, field, ledger):
+            if (category := self._category(raw)) is None:
+                ledger.add(f"`{field}` has a category that is not listed (left out)", _name(entry), entry["id"], raw)  # fmt: skip
+            else:
+                found.add(category)
+        return found
 
     def _category(self, raw: Any) -> int | None:
         found = self._listed.find(raw)
@@ -150,14 +167,16 @@ def _listed(item: Mapping[str, Any], field: str, ledger: Ledger) -> list:
 def read_sav(root: Path) -> VideoDataset:
     """SA-V: FILM_manual.json, RLE of every 4th frame, beside FILM.mp4 or a folder of frames."""
     videos, ledger = [], Ledger()
-    for row, file in enumerate(sorted(root.glob("*_manual.json"), key=by_number)):
+    manual = [f for f in entries(root) if f.name.endswith("_manual.json")]
+    for row, file in enumerate(sorted(manual, key=by_number)):
         raw, name = load_json(file), file.name.removesuffix("_manual.json")
         if not isinstance(raw, dict) or not isinstance(raw.get("masklet"), list):
             raise DataError(f"{file} has no list `masklet`, as SA-V has it: download it again")
         films = [p for p in (root / f"{name}.mp4", root / name) if p.exists()]
         if not films:
             raise DataError(f"{file} has no {name}.mp4 beside it: put films and JSON together")
-        frames = Film(films[0]) if films[0].is_file() else _folder(films[0])
+        film = films[0].is_file()
+        frames = Film(films[0]) if film else FrameFiles(frame_files(films[0]), _SAV_RATE)
         listed = _listed(raw, "masklet_id", ledger)
         ids = Ids(listed)
         labels = [NOT_ANNOTATED] * len(frames)
@@ -166,7 +185,10 @@ def read_sav(root: Path) -> VideoDataset:
                 ledger.add("annotated frame behind the film's end (left out)", file.name, step)
                 continue
             found = []
-            for k, value in enumerate(masks if isinstance(masks, list) else ()):
+            if not isinstance(masks, list):
+                ledger.add("frame of SA-V is no list of masks (left out)", file.name, step, masks)
+                continue
+            for k, value in enumerate(masks):
                 own = ids.find(listed[k]) if k < len(listed) else k
                 odd = Ledger()
                 rle, extent, _ = read_segmentation(value, frames.width, frames.height, odd)
@@ -177,13 +199,20 @@ def read_sav(root: Path) -> VideoDataset:
                     found.append(annotation_of_rle(rle, own, 1))
             labels[step * _SAV_STRIDE] = FrameLabels(tuple(found))
         videos.append(Video(row, name, frames, tuple(labels)))
-    return VideoDataset(str(root), tuple(videos), {1: OBJECT}, dict(ledger))
+    return VideoDataset(str(root), tuple(videos), {1: OBJECT}, ledger)
 
 
 def _labels(
-    items: list[dict], frames: FrameFiles | Film, phrases: _Phrases, ledger: Ledger, name: str
-) -> tuple[FrameLabels, ...]:
-    """null is "not in this frame": the frame is annotated, the object's slot stays."""
+    items: list[dict],
+    frames: FrameFiles,
+    phrases: _Phrases,
+    ledger: Ledger,
+    name: str,
+    judge: BoxJudge,
+) -> tuple[tuple[FrameLabels, ...], int]:
+    """null is "not in this frame": the frame is annotated, the object's slot stays. And the number of
+    masks that are stated, readable or not."""
+    stated = 0
     found: list[list[Annotation]] = [[] for _ in range(len(frames))]
     ids = Ids(item.get("object_id") for item in items)
     named = [ids.find(item.get("object_id")) for item in items]
@@ -205,18 +234,24 @@ def _labels(
         own = named[place]
         own = largest + 1 + place if own is None else own
         for k, (mask, box) in enumerate(zip(masks, boxes)):
-            annotation = _one(mask, box, own, category, bool(crowd), frames, ledger, where)
+            outline, extent, meant = read_segmentation(
+                mask, frames.width, frames.height, ledger, where
+            )
+            judge.add(parse_box(box), extent, frames.width, frames.height)
+            annotation = _one(
+                outline, extent, box, own, category, bool(crowd), frames, ledger, where
+            )
             if annotation is not None:
+                stated += meant
                 found[k].append(annotation)
-    return tuple(FrameLabels(tuple(a)) for a in found)
+    return tuple(FrameLabels(tuple(a)) for a in found), stated
 
 
 def _one(
-    mask: Any, box: Any, object_id: int, category: int, crowd: bool,
-    frames: FrameFiles | Film, ledger: Ledger, where: tuple[str, Any],
+    found: Polygons | Rle | None, extent: Extent | None, box: Any, object_id: int, category: int,
+    crowd: bool, frames: FrameFiles, ledger: Ledger, where: tuple[str, Any],
 ) -> Annotation | None:  # fmt: skip
     """An object in one frame; None where it is not there."""
-    found, extent, _ = read_segmentation(mask, frames.width, frames.height, ledger, where)
     if isinstance(found, Mapping):
         return annotation_of_rle(found, object_id, category, crowd)
     if extent is None and not box:
@@ -234,54 +269,46 @@ def _box_of(extent: tuple[float, float, float, float]) -> tuple[float, float, fl
     return extent[0], extent[1], extent[2] - extent[0], extent[3] - extent[1]
 
 
-def _frames(entry: dict, file: Path, split: str | None, allow_outside: bool) -> FrameFiles | Film:
+def _folders(file: Path, split: str | None) -> list[Path]:
+    """Where the frames of a JSON may lie, most likely first."""
+    above = file.parent.parent
+    tops = [file.parent, *(above / s for s in (split, file.stem) if s), above]
+    return [t / sub if sub else t for t in tops for sub in ("JPEGImages", "", "images", "frames")]
+
+
+def _frames(entry: dict, file: Path, find: Finder, taken: dict[Path, str]) -> FrameFiles:
+    """The frames of a video. taken: file -> the name that it was found by, of all videos so far."""
     listed = entry.get("file_names")
     if not isinstance(listed, list) or not listed or not all(isinstance(n, str) for n in listed):
         raise DataError(f"{file}: video {shown(entry['id'])} lists no frame (`file_names`)")
-    for name in () if allow_outside else listed:
-        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+    files = [find(name) for name in listed]
+    missing = [name for name, found in zip(listed, files) if found is None]
+    if missing:
+        near = find.near(missing[0])
+        raise DataError(
+            f"{len(missing)} of {len(files)} frames of video {_name(entry)} are missing, the first is "
+            f"{shown(missing[0])}{f' (there is {near})' if near else ''}: put them beside {file}, or take the "
+            f"video out of it"
+        )
+    there = [found for found in files if found is not None]
+    for name, found in zip(listed, there):
+        if (other := taken.setdefault(found, name)) != name:
             raise DataError(
-                f"{file}: frame {shown(name)} lies outside the data folder: move it there, or allow it with "
-                f"data.allow_outside=true (frames are shown in reports)"
+                f"{file}: {shown(name)} is missing: the only file of that name is {found}, which is "
+                f"{shown(other)}; put each into its folder"
             )
-    tops = [
-        file.parent,
-        *(file.parent.parent / s for s in (split, file.stem) if s),
-        file.parent.parent,
-    ]
-    folders = [
-        t / sub if sub else t for t in tops for sub in ("JPEGImages", "", "images", "frames")
-    ]
-    for folder in folders:
-        if (folder / listed[0]).is_file():
-            files = [folder / name for name in listed]
-            missing = [f for f in files if not f.is_file()]
-            if missing:
-                raise DataError(
-                    f"{len(missing)} of {len(files)} frames of video {_name(entry)} are missing, the "
-                    f"first is {missing[0]}: put them there, or take the video out of the JSON"
-                )
-            rates = (number(entry.get(key)) for key in ("fps", "frame_rate"))
-            frames = FrameFiles(files, next((r for r in rates if r is not None and r > 0), _RATE))
-            size = (whole(entry.get("width")), whole(entry.get("height")))
-            if all(size) and size != (frames.width, frames.height):
-                raise DataError(
-                    f"video {_name(entry)} has frames of {frames.width} x {frames.height} pixels, its "
-                    f"annotations are for {size[0]} x {size[1]}: export them together"
-                )
-            return frames
-    raise DataError(
-        f"frame {listed[0]} of {file} is not beside it: looked in "
-        f"{', '.join(str(f) for f in folders[:3])}"
-    )
+    rates = (number(entry.get(key)) for key in ("fps", "frame_rate"))
+    frames = FrameFiles(there, next((r for r in rates if r is not None and r > 0), _RATE))
+    columns, rows = whole(entry.get("width")), whole(entry.get("height"))
+    if columns and rows and (columns, rows) != (frames.width, frames.height):
+        raise DataError(
+            f"video {_name(entry)} has frames of {frames.width} x {frames.height} pixels, its "
+            f"annotations are for {columns} x {rows}: export them together"
+        )
+    return frames
 
 
-def _folder(path: Path) -> FrameFiles:
-    files = [f for f in path.iterdir() if f.suffix.lower() in PICTURES]
-    return FrameFiles(sorted(files, key=by_number), 24.0)
-
-
-def _name(entry: dict) -> str:
+def _name(entry: Mapping[str, Any]) -> str:
     listed = entry.get("file_names") or [""]
     return str(
         entry.get("name") or entry.get("video_name") or Path(listed[0]).parent or entry["id"]

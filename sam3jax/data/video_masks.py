@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_codec
 
+from sam3jax.data.boxes import place_box
 from sam3jax.data.coco import Annotation, load_json
-from sam3jax.data.folders import PICTURES
-from sam3jax.data.frames import FrameFiles, by_number
-from sam3jax.data.pictures import DataError
+from sam3jax.data.folders import entries, is_hidden, names_of
+from sam3jax.data.frames import FrameFiles, by_number, frame_files
+from sam3jax.data.ids import Ids
+from sam3jax.data.ledger import Ledger, shown
+from sam3jax.data.names import phrase_key, visible
+from sam3jax.data.numbers import number, whole
+from sam3jax.data.pictures import BROKEN, DataError
 from sam3jax.data.video_json import OBJECT
 from sam3jax.data.videos import (
     NOT_ANNOTATED,
@@ -25,6 +31,8 @@ from sam3jax.data.videos import (
     annotation_of_mask,
 )
 
+Category = Callable[[int], int]  # of an object's number
+
 
 def read_masks(root: Path, split: str | None = None) -> VideoDataset:
     """JPEGImages/VIDEO/*.jpg with Annotations/VIDEO/*.png, the pixel value the object, 255 void.
@@ -33,34 +41,49 @@ def read_masks(root: Path, split: str | None = None) -> VideoDataset:
     one folder an object. meta.json (YouTube-VOS) names categories; without it all are "object".
     """
     pictures, masks = _resolution(root / "JPEGImages"), _resolution(root / "Annotations")
-    names = _listed(root, split) or [p.name for p in sorted(pictures.iterdir()) if p.is_dir()]
+    names = listed_videos(root, split) or [p.name for p in entries(pictures) if p.is_dir()]
     meta = load_json(root / "meta.json") if (root / "meta.json").is_file() else {}
-    categories: dict[str, int] = {}
-    problems: Counter[str] = Counter()
+    categories: dict[str, tuple[int, str]] = {}  # by what the model reads
+    ledger = Ledger()
     videos = []
-    for number, name in enumerate(names):
-        files = [f for f in (pictures / name).glob("*") if f.suffix.lower() in PICTURES]
+    for place, name in enumerate(names):
+        files = frame_files(pictures / name) if (pictures / name).is_dir() else []
         if not files:
-            raise DataError(f"video {name} has no frame in {pictures / name}")
-        frames = FrameFiles(sorted(files, key=by_number))
+            raise DataError(f"video {shown(name)} has no frame in {pictures / name}")
+        frames = FrameFiles(files)
         if not (masks / name).is_dir():
-            problems["video left out: no folder in Annotations"] += 1
+            ledger.add("video left out: no folder in Annotations", name)
             continue
-        known = (meta.get("videos", {}).get(name) or {}).get("objects", {})
-        phrases = {int(k): str(v.get("category", OBJECT)) for k, v in known.items()}
-        category = lambda i, phrases=phrases: categories.setdefault(
-            phrases.get(i, OBJECT), len(categories) + 1
-        )
-        if any(p.is_dir() for p in (masks / name).iterdir()):
-            labels = _by_object(masks / name, frames, category)
+        phrases = _phrases(meta, name, ledger)
+
+        def category(i: int, phrases: dict[int, str] = phrases) -> int:
+            phrase = phrases.get(i, OBJECT)
+            key = phrase_key(phrase)
+            return categories.setdefault(key, (len(categories) + 1, phrase))[0]
+
+        if any(p.is_dir() for p in entries(masks / name)):
+            labels = _by_object(masks / name, frames, category, ledger)
         else:
-            labels = _palette(masks / name, frames, category, problems)
-        videos.append(Video(number, name, frames, labels))
+            labels = _palette(masks / name, frames, category, ledger)
+        videos.append(Video(place, name, frames, labels))
     if not videos:
         raise DataError(f"no video of {root} has masks in {masks}")
-    return VideoDataset(
-        str(root), tuple(videos), {i: n for n, i in categories.items()}, dict(problems)
-    )
+    return VideoDataset(str(root), tuple(videos), dict(categories.values()), ledger)
+
+
+def _phrases(meta: Any, name: str, ledger: Ledger) -> dict[int, str]:
+    """Object -> category of a video, from YouTube-VOS's meta.json."""
+    for key in ("videos", name, "objects"):
+        meta = meta.get(key) if isinstance(meta, dict) else None
+    found: dict[int, str] = {}
+    for key, value in meta.items() if isinstance(meta, dict) else ():
+        phrase = value.get("category") if isinstance(value, dict) else value
+        object_id = whole(key)
+        if object_id is None or not isinstance(phrase, str) or not phrase_key(phrase):
+            ledger.add("object of meta.json has no number or no category (called object)", name, key, value)  # fmt: skip
+        else:
+            found[object_id] = visible(phrase).strip()
+    return found
 
 
 def read_indices(file: Path, width: int, height: int) -> np.ndarray:
@@ -68,7 +91,7 @@ def read_indices(file: Path, width: int, height: int) -> np.ndarray:
     try:
         with Image.open(file) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except BROKEN as error:
         raise DataError(f"mask {file} cannot be read ({error}): replace the file") from error
     if image.size != (width, height):
         raise DataError(
@@ -83,21 +106,20 @@ def read_indices(file: Path, width: int, height: int) -> np.ndarray:
     return np.asarray(image).astype(np.int64)
 
 
-def _palette(folder: Path, frames: FrameFiles, category, problems: Counter) -> tuple:
-    by_stem = {f.stem: f for f in folder.glob("*.png")}
-    unknown = set(by_stem) - {f.stem for f in frames.files}
-    if unknown:
-        problems["mask without a frame of its name (left out)"] += len(unknown)
+def _palette(folder: Path, frames: FrameFiles, category: Category, ledger: Ledger) -> tuple:
+    by_stem = _masks_of(folder, frames, ledger)
     files = [by_stem.get(f.stem) for f in frames.files]
     if not any(files):
-        raise DataError(f"no mask in {folder} has the name of a frame of {frames.files[0].parent}")
+        raise DataError(
+            f"no mask (PNG) in {folder} has the name of a frame of {frames.files[0].parent}"
+        )
     read = lambda f: None if f is None else read_indices(f, frames.width, frames.height)
     with ThreadPoolExecutor(4) as pool:
         indices = list(pool.map(read, files))
     values = set().union(*(np.unique(i).tolist() for i in indices if i is not None))
     binary = values <= {0, VOID} and VOID in values  # DAVIS 2016: there 255 is the object
     if binary:
-        problems["video whose masks hold 0 and 255 only: 255 is taken for object 1"] += 1
+        ledger.add("video whose masks hold 0 and 255 only: 255 is taken for object 1", folder.name)
     labels = []
     for index in indices:
         if index is None:
@@ -112,63 +134,81 @@ def _palette(folder: Path, frames: FrameFiles, category, problems: Counter) -> t
     return tuple(labels)
 
 
-def _by_object(folder: Path, frames: FrameFiles, category) -> tuple:
+def _by_object(folder: Path, frames: FrameFiles, category: Category, ledger: Ledger) -> tuple:
     """A folder of masks for each object; a frame that any of them has is annotated."""
     found: dict[str, list[Annotation]] = defaultdict(list)
     seen: set[str] = set()
-    for part in sorted((p for p in folder.iterdir() if p.is_dir()), key=by_number):
-        object_id = int(part.name) if part.name.isdigit() else len(seen) + 1
-        for file in part.glob("*.png"):
-            seen.add(file.stem)
+    parts = sorted((p for p in entries(folder) if p.is_dir()), key=by_number)
+    ids = Ids(part.name for part in parts)
+    for part in parts:
+        object_id = ids.find(part.name)
+        assert object_id is not None  # a folder's name names something
+        for stem, file in _masks_of(part, frames, ledger).items():
+            seen.add(stem)
             mask = read_indices(file, frames.width, frames.height) > 0
             annotation = annotation_of_mask(mask, object_id, category(object_id))
             if annotation is not None:
-                found[file.stem].append(annotation)
+                found[stem].append(annotation)
     return tuple(
         FrameLabels(tuple(found[f.stem])) if f.stem in seen else NOT_ANNOTATED for f in frames.files
     )
 
 
+def _masks_of(folder: Path, frames: FrameFiles, ledger: Ledger) -> dict[str, Path]:
+    """Stem -> mask file of a frame."""
+    known = {f.stem for f in frames.files}
+    files = {f.stem: f for f in entries(folder) if f.suffix.lower() == ".png"}
+    for stem in sorted(files.keys() - known):
+        ledger.add("mask without a frame of its name (left out)", f"{folder.name}/{files[stem].name}")  # fmt: skip
+    return {stem: file for stem, file in files.items() if stem in known}
+
+
 def mot_folders(root: Path) -> list[Path]:
     """Folders of MOT videos below (or at) `root`."""
-    places = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
+    places = [root, *(p for p in entries(root) if p.is_dir())]
     return [p for p in places if (p / "gt" / "gt.txt").is_file() and (p / "img1").is_dir()]
 
 
 def read_mot(root: Path, folders: list[Path]) -> VideoDataset:
     """gt.txt: frame (from 1), object, left, top, width, height, considered, class, visibility."""
-    videos, problems = [], Counter[str]()
+    videos, ledger = [], Ledger()
     categories: set[int] = set()
-    for number, folder in enumerate(folders):
-        files = [f for f in (folder / "img1").iterdir() if f.suffix.lower() in PICTURES]
-        frames = FrameFiles(sorted(files, key=by_number), 30.0)
-        found: list[list[Annotation]] = [[] for _ in range(len(frames))]
-        with (folder / "gt" / "gt.txt").open() as stream:
-            for row in csv.reader(stream):
-                values = [float(v) for v in row]
-                frame, object_id, considered = (
-                    int(values[0]) - 1,
-                    int(values[1]),
-                    values[6:7] != [0],
-                )
-                if not 0 <= frame < len(frames) or not considered:
-                    problems["row left out: not to be considered, or no such frame"] += 1
-                    continue
-                category = max(int(values[7]), 1) if len(values) > 7 else 1
-                left, top = max(values[2], 0.0), max(values[3], 0.0)
-                right = min(values[2] + values[4], frames.width)
-                bottom = min(values[3] + values[5], frames.height)
-                if right <= left or bottom <= top:
-                    problems["row left out: box outside the frame"] += 1
-                    continue
-                categories.add(category)
-                box = (left, top, right - left, bottom - top)
-                area = box[2] * box[3]
-                found[frame].append(Annotation(object_id, category, box, None, False, area))
-        labels = tuple(FrameLabels(tuple(a)) for a in found)
-        videos.append(Video(number, folder.name, frames, labels))
+    for place, folder in enumerate(folders):
+        frames = FrameFiles(frame_files(folder / "img1"), 30.0)
+        found: list[dict[int, Annotation]] = [{} for _ in range(len(frames))]
+        file = folder / "gt" / "gt.txt"
+        text = file.read_text("utf-8-sig", "replace")
+        for line, row in enumerate(filter(str.strip, text.split("\n")), 1):
+            where = (f"{folder.name}/gt.txt", line)
+            values = [number(v) for v in row.replace(",", " ").split()]
+            numbers = [v for v in values[:6] if v is not None]
+            if len(numbers) < 6 or not (numbers[0].is_integer() and numbers[1].is_integer()):
+                ledger.add("row left out: not a frame, an object and its box", *where, row)
+                continue
+            frame, object_id = int(numbers[0]) - 1, int(numbers[1])
+            if not 0 <= frame < len(frames) or values[6:7] == [0]:
+                ledger.add("row left out: not to be considered, or no such frame", *where)
+                continue
+            stated = (numbers[2], numbers[3], numbers[4], numbers[5])
+            box, _ = place_box(stated, None, frames.width, frames.height, ledger, (*where, row))
+            if box is None:
+                continue
+            if object_id in found[frame]:
+                ledger.add("row left out: its object is in that frame already", *where)
+                continue
+            kind = values[7] if len(values) > 7 else None
+            category = max(int(kind or 1), 1)
+            categories.add(category)
+            found[frame][object_id] = Annotation(object_id, category, box, None, False, box[2] * box[3])  # fmt: skip
+        labels = tuple(FrameLabels(tuple(a.values())) for a in found)
+        videos.append(Video(place, folder.name, frames, labels))
+    if not categories:
+        raise DataError(
+            f"{root}: no row of gt.txt can be used (for example {ledger.examples('', 2)}): expected frame, "
+            f"object, left, top, width, height, considered, class, visibility"
+        )
     names = {i: "pedestrian" if i == 1 else f"class {i}" for i in sorted(categories)}
-    return VideoDataset(str(root), tuple(videos), names, dict(problems))
+    return VideoDataset(str(root), tuple(videos), names, ledger)
 
 
 def _resolution(folder: Path) -> Path:
@@ -179,7 +219,23 @@ def _resolution(folder: Path) -> Path:
     return folder
 
 
-def _listed(root: Path, split: str | None) -> list[str]:
-    """Names in ImageSets/**/SPLIT.txt, if there is such a file."""
-    files = sorted((root / "ImageSets").rglob(f"{split}.txt")) if split else []
-    return files[-1].read_text().split() if files else []
+def listed_videos(root: Path, split: str | None) -> list[str]:
+    """Names in ImageSets/**/SPLIT.txt; [] where nothing lists any. DAVIS 2016 lists frames, not videos.
+
+    Raises DataError where other splits are listed only.
+    """
+    files = sorted(f for f in (root / "ImageSets").rglob("*.txt") if not is_hidden(f))
+    own = [f for f in files if split and f.stem in names_of(split)]
+    if not own:
+        if files and split:
+            found = ", ".join(sorted({f.stem for f in files}))
+            raise DataError(
+                f"{root / 'ImageSets'} lists no split {split!r}, it lists {found}: set data.train_split or "
+                f"data.valid_split"
+            )
+        return []
+    lines = own[-1].read_text("utf-8-sig", "replace").split("\n")
+    names = [Path(words[0]).parent.name if "." in words[0] else words[0] for line in lines if (words := line.split())]  # fmt: skip
+    if bad := [name for name in names if name != Path(name).name or not name]:
+        raise DataError(f"{own[-1]} names {shown(bad[0])}, which is no folder of frames")
+    return list(dict.fromkeys(names))

@@ -13,14 +13,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam3jax.config import Config
+from sam3jax.config import Config, DataConfig
 from sam3jax.data.clips import Sampling, frame_record, phrases_of_videos, usable
-from sam3jax.data.datasets import check_training, read_dataset_of, reading_of
+from sam3jax.data.datasets import check_training, read_dataset_of, read_datasets, reading_of
+from sam3jax.data.describe import entry_lines
 from sam3jax.data.folders import find_splits, has_split
 from sam3jax.data.frames import Frames, Still
-from sam3jax.data.ledger import DataError, Ledger
+from sam3jax.data.ledger import DataError
 from sam3jax.data.moving_shapes import moving_shapes_dataset
+from sam3jax.data.names import check_phrases
 from sam3jax.data.records import Dataset, ImageRecord
+from sam3jax.data.video_folders import has_split as has_video_split
 from sam3jax.data.video_folders import looks_like_videos, read_videos
 from sam3jax.data.videos import (
     FrameLabels,
@@ -59,19 +62,46 @@ def open_videos(config: Config) -> tuple[VideoDataset, VideoDataset | None, list
         raise DataError(
             "data.repeat_threshold is for pictures; videos are all shown equally often: set it to 0"
         )
-    train = _read(config, data.train, data.train_split)
-    valid = None
-    if data.valid is not None:
-        valid = _read(config, data.valid, data.valid_split)
-    elif data.train == _SHAPES or _has_split(data.train, data.valid_split):
-        valid = _read(config, data.train, data.valid_split)
-    train, lines = usable(train, sampling_of(config))
+    read, valid = _both(config, data.train)
+    check_phrases(data.phrases, read, *(() if valid is None else (valid,)))
+    valid = None if valid is None else rename_phrases(valid, data.phrases)
+    train, lines = usable(rename_phrases(read, data.phrases), sampling_of(config))
     if not train.videos:
+        why = "; ".join(entry_lines(read.problems))
         raise DataError(
             f"{train.name} has no video with an annotated frame, so there is nothing to train"
+            f"{f' ({why.strip()})' if why else ''}"
         )
     check_training(config, *(pictures_of(d) for d in (train, valid) if d is not None))
     return train, valid, lines
+
+
+def _both(config: Config, path: str) -> tuple[VideoDataset, VideoDataset | None]:
+    """The training and the validation videos as they are."""
+    data = config.data
+    train = _read(config, path, data.train_split)
+    if data.valid is not None:
+        return train, _read(config, data.valid, data.valid_split)
+    asked = path == _SHAPES or data.valid_split != DataConfig().valid_split
+    if asked or _has_split(path, data.valid_split):
+        return train, _read(config, path, data.valid_split)
+    return train, None
+
+
+def read_pictures(config: Config) -> tuple[Dataset, Dataset | None]:
+    """`read_datasets`, where the annotated frames of videos are pictures too. Raises DataError."""
+    path = config.data.train
+    if path is None or not looks_like_videos(path):
+        return read_datasets(config)
+    train, valid = _both(config, path)
+    return pictures_of(train), None if valid is None else pictures_of(valid)
+
+
+def pictures_named(config: Config, path: str, split: str) -> Dataset:
+    """One split of pictures, or of annotated frames. Raises DataError."""
+    if looks_like_videos(path):
+        return pictures_of(_read(config, path, split))
+    return read_dataset_of(config, path, split)
 
 
 def open_frames(config: Config) -> tuple[Dataset, Dataset | None]:
@@ -92,7 +122,7 @@ def videos_named(config: Config, path: str | None, split: str | None) -> VideoDa
             raise DataError("the run has no validation data: give --data, or --split train")
         return valid
     own = data.train_split if path is None else data.valid_split
-    return _read(config, path or data.train or "", split or own)
+    return rename_phrases(_read(config, path or data.train or "", split or own), data.phrases)
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -106,10 +136,12 @@ def pictures_of(dataset: VideoDataset) -> Dataset:
 
     Void pixels are a crowd of every phrase: what is found there is neither right nor wrong.
     """
-    ledger = Ledger()
     records = frame_records(dataset)
-    stated = sum(a.segmentation is not None for r in records for a in r.annotations)
-    return Dataset(dataset.name, records, dataset.categories, ledger, stated_masks=stated)
+    stated = dataset.stated_masks
+    if stated is None:
+        stated = sum(a.segmentation is not None for r in records for a in r.annotations)
+    problems = dataset.problems
+    return Dataset(dataset.name, records, dataset.categories, problems, stated_masks=stated)
 
 
 def frame_records(dataset: VideoDataset) -> tuple[FrameRecord, ...]:
@@ -163,8 +195,7 @@ def _read(config: Config, path: str, split: str) -> VideoDataset:
     dataset = read_as(read_videos(path, split, allow_outside=data.allow_outside), reading_of(data))
     if data.limit is not None:
         dataset = replace(dataset, videos=dataset.videos[: data.limit])
-    named = set(data.phrases) & set(dataset.categories.values())
-    return rename_phrases(dataset, data.phrases) if named else dataset
+    return dataset
 
 
 def _is_pictures(path: str) -> bool:
@@ -179,11 +210,4 @@ def _is_pictures(path: str) -> bool:
 
 def _has_split(path: str, split: str) -> bool:
     """Whether a folder has a part of this name, as `_read` looks for it."""
-    if _is_pictures(path):
-        return has_split(path, split)
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        return False
-    listed = (root / "ImageSets").rglob(f"{split}.txt")
-    files = [f for f in root.glob("*.json") if split in f.stem]
-    return (root / split).is_dir() or any(listed) or (len(files) == 1 and len(list(root.glob("*.json"))) > 1)  # fmt: skip
+    return has_split(path, split) if _is_pictures(path) else has_video_split(path, split)

@@ -13,8 +13,11 @@ import numpy as np
 from pycocotools import mask as rle_codec
 
 from sam3jax.data.coco import Annotation
+from sam3jax.data.describe import entry_lines
 from sam3jax.data.frames import Film, FrameFiles, Still
-from sam3jax.data.pictures import DataError, Reading
+from sam3jax.data.ledger import Ledger
+from sam3jax.data.names import merge_equal_names, phrase_key
+from sam3jax.data.pictures import Reading
 
 VOID = 255  # of palette masks: a pixel of which nobody knows what it is
 
@@ -77,23 +80,40 @@ class Video:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VideoDataset:
-    """One split. problems: one sentence and a count for each kind of oddity."""
+    """One split. problems: one sentence and a count for each kind of oddity. stated_masks: of annotations,
+    also those that cannot be read; None where all could."""
 
     name: str
     videos: tuple[Video, ...]
     categories: Mapping[int, str]
     problems: Mapping[str, int] = field(default_factory=dict)
+    stated_masks: int | None = None
 
 
 def rename_phrases(dataset: VideoDataset, phrases: Mapping[str, str]) -> VideoDataset:
-    """The same data under other phrases. Raises DataError where none of them is a category."""
-    if not set(phrases) & set(dataset.categories.values()):
-        raise DataError(
-            f"data.phrases names no category of {dataset.name}: it names {', '.join(phrases)}; the "
-            f"data has {', '.join(sorted(dataset.categories.values()))}"
-        )
-    names = {i: phrases.get(name, name) for i, name in dataset.categories.items()}
-    return replace(dataset, categories=names)
+    """The same data under other phrases, as far as they name its categories; those given the same phrase
+    become one."""
+    by_key = {phrase_key(name): phrase for name, phrase in phrases.items()}
+    names = {i: by_key.get(phrase_key(n), n) for i, n in dataset.categories.items()}
+    if names == dict(dataset.categories):
+        return dataset
+    ledger = Ledger(dataset.problems)
+    merged = merge_equal_names(names, ledger)
+
+    def renumbered(video: Video) -> Video:
+        new = lambda ids: None if ids is None else frozenset(merged[i] for i in ids)
+        labels = tuple(
+            replace(f, annotations=tuple(replace(a, category_id=merged[a.category_id]) for a in f.annotations))
+            for f in video.labels
+        )  # fmt: skip
+        unknown = new(video.not_exhaustive_ids) or frozenset()
+        return replace(video, labels=labels, negative_ids=new(video.negative_ids), not_exhaustive_ids=unknown)  # fmt: skip
+
+    videos = dataset.videos
+    if any(merged[i] != i for i in merged):
+        videos = tuple(map(renumbered, videos))
+    own = {i: n for i, n in names.items() if merged[i] == i}
+    return replace(dataset, videos=videos, categories=own, problems=ledger)
 
 
 def read_as(dataset: VideoDataset, reading: Reading) -> VideoDataset:
@@ -139,5 +159,4 @@ def describe_videos(dataset: VideoDataset) -> list[str]:
             f"an object is seen in {min(tracks)} to {max(tracks)} frames, {np.median(tracks):.0f} in "
             f"the median"
         )
-    lines += [f"{count:,} x {problem}" for problem, count in sorted(dataset.problems.items())]
-    return lines
+    return [*lines, *entry_lines(dataset.problems)]

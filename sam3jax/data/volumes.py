@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 
 _NIFTI, _DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom")
 _NUMBER = re.compile(r"^(.*?)(\d+)(\D*)$")
+_ROBOFLOW = re.compile(r"\.rf\.[0-9A-Za-z]+$")  # img12_png.rf.8e3f.jpg
 
 
 def is_volume(file: Path) -> bool:
@@ -48,8 +49,8 @@ def _named(read: Callable[..., Result]) -> Callable[..., Result]:
 def shape(file: Path) -> tuple[tuple[int, int], int]:
     """(width, height) of a slice, and the number of slices. Raises DataError, ValueError."""
     if file.name.lower().endswith(_NIFTI):
-        size = (*_nifti(file).shape, 1, 1)
-        return (int(size[0]), int(size[1])), int(size[2])
+        columns, rows, slices = _extent(_nifti(file))
+        return (columns, rows), slices
     found = _library("pydicom", file).dcmread(file, stop_before_pixels=True)
     return (int(found.Columns), int(found.Rows)), int(getattr(found, "NumberOfFrames", 1) or 1)
 
@@ -58,9 +59,10 @@ def shape(file: Path) -> tuple[tuple[int, int], int]:
 def read_slice(file: Path, number: int) -> np.ndarray:
     """One slice [Y, X], in the file's own numbers (Hounsfield units in CT). Errors as `shape`."""
     if file.name.lower().endswith(_NIFTI):
+        columns, rows, slices = _extent(_nifti(file))
         values = _nifti(file).dataobj
-        plane = values[..., number] if len(values.shape) == 3 else values[...]
-        return np.asarray(plane, np.float32).T  # first axis is x
+        plane = values[:, :, number] if slices > 1 or len(values.shape) > 2 else values[...]
+        return np.asarray(plane, np.float32).reshape(columns, rows).T  # first axis is x
     pydicom = _library("pydicom", file)
     found = pydicom.dcmread(file)
     pixels = found.pixel_array
@@ -70,31 +72,50 @@ def read_slice(file: Path, number: int) -> np.ndarray:
     return -plane if getattr(found, "PhotometricInterpretation", "") == "MONOCHROME1" else plane
 
 
+def _extent(volume: Any) -> tuple[int, int, int]:
+    """Columns, rows and slices. Raises ValueError for what is no stack of grey slices."""
+    columns, rows, slices, *more = (*volume.shape, 1, 1)
+    if any(n != 1 for n in more):
+        raise ValueError(f"it holds {max(more)} volumes: save each in a file of its own")
+    if volume.get_data_dtype().fields:
+        raise ValueError("its slices are in colour: save them as pictures")
+    return int(columns), int(rows), int(slices)
+
+
 def neighbours(file: Path) -> list[Path]:
     """The file before, itself, and the file after, among those of its folder that differ in their last
-    number only; at the ends the file itself."""
-    row = _series(file.parent).get(_key(file.name), [])
-    names = [name for _, name in row]
-    if file.name not in names:
+    number only; at the ends, and where several have the next number, the file itself."""
+    match = _match(file.name)
+    row = _series(file.parent).get(_key(file.name), {})
+    if match is None or not row:
         return [file] * 3
-    here = names.index(file.name)
-    steps = [min(max(here + step, 0), len(names) - 1) for step in (-1, 0, 1)]
-    return [file.parent / names[step] for step in steps]
+    numbers, own = sorted(row), int(match[2])
+    here = numbers.index(own)
+    beside = [numbers[min(max(here + step, 0), len(numbers) - 1)] for step in (-1, 1)]
+    found = [file.parent / row[n][0] if n != own and len(row[n]) == 1 else file for n in beside]
+    # A link may lead out of the data folder; whoever reads one has allowed it.
+    before, after = (f if file.is_symlink() or not f.is_symlink() else file for f in found)
+    return [before, file, after]
 
 
 @functools.lru_cache(maxsize=64)
-def _series(folder: Path) -> dict[tuple[str, str], list[tuple[int, str]]]:
-    """Name without its last number -> (number, name), in order."""
-    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
+def _series(folder: Path) -> dict[tuple[str, str], dict[int, list[str]]]:
+    """Name without its last number -> number -> names."""
+    found: dict[tuple[str, str], dict[int, list[str]]] = {}
     for name in os.listdir(folder):
-        if (match := _NUMBER.match(name)) and not name.startswith("."):
-            found.setdefault(_key(name), []).append((int(match[2]), name))
-    return {key: sorted(names) for key, names in found.items()}
+        if (match := _match(name)) and not name.startswith("."):
+            found.setdefault(_key(name), {}).setdefault(int(match[2]), []).append(name)
+    return found
+
+
+def _match(name: str) -> re.Match[str] | None:
+    """What stands before, in and behind the last number, without the ending and what Roboflow adds."""
+    return _NUMBER.match(_ROBOFLOW.sub("", Path(name).stem))
 
 
 def _key(name: str) -> tuple[str, str]:
-    match = _NUMBER.match(name)
-    return (match[1], match[3]) if match else (name, "")
+    match = _match(name)
+    return (match[1], match[3] + Path(name).suffix) if match else (name, "")
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,11 +19,11 @@ from sam3jax.data.click_loader import (
     make_click_loader,
     with_objects,
 )
-from sam3jax.data.datasets import read_datasets
 from sam3jax.data.describe import describe
 from sam3jax.data.loader import TrainLoader
 from sam3jax.data.records import Dataset
 from sam3jax.data.tokenizer import Tokenizer
+from sam3jax.data.video_sets import read_pictures
 from sam3jax.evaluation.click_ask import click_on_dataset
 from sam3jax.evaluation.click_report import write_click_evaluation
 from sam3jax.model import Interactive
@@ -59,7 +59,7 @@ class Clicks:
         self.asked = Interactive(config.model, backend=backend)
 
     def open(self, tokenizer: Tokenizer) -> ClicksData:
-        train, valid = read_datasets(self.config)
+        train, valid = read_pictures(self.config)
         with_objects(train)
         return ClicksData(train, None if valid is None else with_objects(valid))
 

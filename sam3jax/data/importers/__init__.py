@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from sam3jax.data.finder import outside
 from sam3jax.data.importers import cvat, huggingface, labelme, masks, voc, yolo
-from sam3jax.data.importers.picture import Instance, Picture
+from sam3jax.data.importers.picture import Instance, Picture, is_inside
 from sam3jax.data.judgements import nearly_all
 from sam3jax.data.ledger import DataError, Ledger
 from sam3jax.data.segmentations import segmentation_area
@@ -35,20 +36,36 @@ FORMATS = tuple(READERS)
 _ANNOTATION_LEFT_OUT = ("line left out", "object left out", "shape left out")
 
 
-def import_dataset(kind: str, root: Path, out: Path) -> Iterator[str]:
+def import_dataset(
+    kind: str, root: Path, out: Path, *, allow_outside: bool = False
+) -> Iterator[str]:
     """Convert `root`, of a format of FORMATS, into the new folder `out`; yields lines that say what was
-    done. Raises DataError."""
+    done. allow_outside: pictures may lie outside the folder. Raises DataError."""
+    root = Path(os.path.normpath(root))
     if not root.is_dir():
         raise DataError(f"no folder {root}: give the folder of the {kind} data")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists already: give --out a new folder")
+    if is_inside(out, root):
+        raise DataError(
+            f"{out} lies inside {root}, whose pictures it would double: give --out another folder"
+        )
     ledger = Ledger()
     splits: dict[str, list[Picture]] = {}
+    known: dict[tuple[str, Path], Picture] = {}
     for picture in READERS[kind](root, ledger):
-        splits.setdefault(picture.split, []).append(picture)
+        if picture.content is None and not allow_outside and not is_inside(picture.file, root):
+            raise outside(str(picture.file), root)
+        first = known.setdefault((picture.split, picture.file), picture)
+        if first is picture or picture.content is not None:
+            splits.setdefault(picture.split, []).append(picture)
+        else:  # each would teach that the other's objects are not there
+            first.instances += picture.instances
+            ledger.add("picture annotated more than once (made one)", picture.file.name)
     found = sum(len(p.instances) for pictures in splits.values() for p in pictures)
     reasons = {s: n for s, n in ledger.items() if s.startswith(_ANNOTATION_LEFT_OUT)}
-    why = f": {_most(reasons, ledger)}" if reasons else ""
+    lost = reasons or {s: n for s, n in ledger.items() if "left out" in s}
+    why = f": {_most(lost, ledger)}" if lost else ""
     if not found:
         raise DataError(
             f"{root}: no annotation found as {kind}{why}; is it another format ({', '.join(FORMATS)})?"

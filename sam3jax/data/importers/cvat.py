@@ -7,55 +7,53 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pycocotools import mask as rle_codec
 
 from sam3jax.data.importers.picture import (
-    SPLITS,
+    ByName,
     Instance,
     Picture,
+    files_below,
+    named_split,
     picture_files,
+    picture_of,
     read_xml,
     split_of,
 )
 from sam3jax.data.ledger import DataError, Ledger
-from sam3jax.data.pictures import displayed_size
+from sam3jax.data.numbers import number
 
 _CORNERS = 64  # of the polygon that stands for an ellipse
 
 
 def read(root: Path, ledger: Ledger) -> Iterator[Picture]:
     """Every picture of the XML files. Raises DataError."""
-    pictures = picture_files(root)
-    for file in sorted(root.rglob("*.xml")):
+    pictures = ByName(picture_files(root), root)
+    for file in files_below(root, ".xml"):
         xml = read_xml(file)
-        if file.name.startswith(".") or xml.tag != "annotations":
+        if xml.tag != "annotations":
             ledger.add("XML file left out: no CVAT annotations", file.name)
             continue
         if xml.find("track") is not None:
             raise DataError(f"{file} holds tracks of a video: export it as CVAT for *images*")
         for image in xml.iter("image"):
             name = image.get("name", "")
-            path = _find(name, pictures, root)
+            path = pictures.find(name)
             if path is None:
-                ledger.add("picture left out: its file is missing", name)
+                ledger.add("picture left out: its file is missing, or one of several", name)
                 continue
-            width, height = displayed_size(path)
-            split = SPLITS.get(image.get("subset", "").lower()) or split_of(path, root)
-            picture = Picture(path, width, height, split)
+            split = named_split(image.get("subset", "")) or split_of(path, root)
+            picture = picture_of(path, split, image.get("width"), image.get("height"))
             for k, item in enumerate(image):
-                instance = _instance(item, width, height)
+                instance = _instance(item, picture.width, picture.height)
                 if instance is not None:
                     picture.instances.append(instance)
+                    if number(item.get("rotation")) and item.tag == "box":
+                        ledger.add("box is turned (its bounds are taken)", name, k, item.get("rotation"))  # fmt: skip
                 elif item.tag != "tag":
                     ledger.add("shape left out: neither area nor box", name, k, item.tag)
             yield picture
-
-
-def _find(name: str, pictures: list[Path], root: Path) -> Path | None:
-    """The file whose path ends like the name."""
-    ends = [p for p in pictures if f"/{p.relative_to(root).as_posix()}".endswith(f"/{name}")]
-    same = ends or [p for p in pictures if p.name == Path(name).name]
-    return same[0] if len(same) == 1 or ends else None
 
 
 def _instance(item: Element, width: int, height: int) -> Instance | None:
@@ -66,21 +64,32 @@ def _instance(item: Element, width: int, height: int) -> Instance | None:
             return None
         if item.tag == "box":
             left, top, right, bottom = (value(k) for k in ("xtl", "ytl", "xbr", "ybr"))
-            return _finite(Instance(label, (left, top, right - left, bottom - top)))
+            corners = _turned(item, [left, right, right, left], [top, top, bottom, bottom])
+            return _finite(Instance(label, Instance(label, polygons=[corners]).bounds()))
         if item.tag == "polygon":
             pairs = [p.split(",") for p in item.get("points", "").split(";")]
             points = [float(v) for pair in pairs for v in pair]
-            return Instance(label, polygons=[points]) if len(points) >= 6 else None
+            good = all(len(pair) == 2 for pair in pairs) and np.isfinite(points).all()
+            return Instance(label, polygons=[points]) if good and len(points) >= 6 else None
         if item.tag == "ellipse":
             angles = np.linspace(0, 2 * np.pi, _CORNERS, endpoint=False)
             x = value("cx") + value("rx") * np.cos(angles)
             y = value("cy") + value("ry") * np.sin(angles)
-            return _finite(Instance(label, polygons=[np.stack([x, y], 1).ravel().tolist()]))
+            return _finite(Instance(label, polygons=[_turned(item, x, y)]))
         if item.tag == "mask":
             return _mask(label, item, width, height)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return None
+
+
+def _turned(item: Element, x: ArrayLike, y: ArrayLike) -> list[float]:
+    """x y x y ... of points, turned around their middle by `rotation` degrees, clockwise as displayed."""
+    points = np.stack([x, y], 1)
+    angle = np.deg2rad(number(item.get("rotation")) or 0)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    middle = (points.min(0) + points.max(0)) / 2
+    return ((points - middle) @ turn + middle).ravel().tolist()
 
 
 def _finite(instance: Instance) -> Instance | None:
@@ -91,12 +100,12 @@ def _mask(label: str, item: Element, width: int, height: int) -> Instance | None
     """Run lengths along the rows of the mask's own rectangle, the first of them outside."""
     left, top, w, h = (int(float(item.get(k, "-1"))) for k in ("left", "top", "width", "height"))
     runs = [int(v) for v in item.get("rle", "").split(",")]
-    if min(runs) < 0 or sum(runs) != w * h or left < 0 or top < 0:
+    fits = min(left, top, w, h) >= 0 and left + w <= width and top + h <= height
+    if not fits or min(runs) < 0 or sum(runs) != w * h:
         return None
     part = np.repeat(np.arange(len(runs)) % 2, runs).reshape(h, w)
     whole = np.zeros((height, width), np.uint8, order="F")
-    room = whole[top : top + h, left : left + w]
-    room[...] = part[: room.shape[0], : room.shape[1]]
+    whole[top : top + h, left : left + w] = part
     if not whole.any():
         return None
     rle = rle_codec.encode(whole)

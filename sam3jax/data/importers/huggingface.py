@@ -17,10 +17,22 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from sam3jax.data.boxes import convention, parse_box
-from sam3jax.data.importers.picture import SPLITS, Instance, Picture, is_inside, split_of
+from sam3jax.data.importers.picture import (
+    SPLITS,
+    Instance,
+    Picture,
+    class_names,
+    files_below,
+    is_inside,
+    picture_files,
+    picture_of,
+    read_text,
+    split_of,
+)
 from sam3jax.data.ledger import DataError, Ledger, shown
+from sam3jax.data.mask_forms import parse_text
 from sam3jax.data.numbers import flag
-from sam3jax.data.pictures import displayed_size, size_of_bytes
+from sam3jax.data.pictures import size_of_bytes
 from sam3jax.data.segmentations import read_segmentation, segmentation_area
 
 METADATA = "metadata.jsonl"
@@ -47,18 +59,21 @@ def read(root: Path, ledger: Ledger) -> Iterator[Picture]:
     pictures: list[Picture] = []
     boxes: list[Any] = []
     sizes: list[tuple[int, int]] = []
-    files = sorted(p for p in root.rglob(METADATA) if not p.name.startswith("."))
+    files = [p for p in files_below(root, ".jsonl") if p.name == METADATA]
     rows = _listed(files, root, ledger) if files else _stored(root)
     for row in rows:
-        width, height = _size(row)
-        picture = Picture(row.file, width, height, row.split, content=row.content)
+        picture = _picture_of(row)
+        size = picture.width, picture.height
         for k, item in enumerate(_objects(row)):
-            instance = _instance(item, k, row, (width, height), ledger)
+            instance = _instance(item, k, row, size, ledger)
             if instance is not None:
                 picture.instances.append(instance)
                 boxes.append(instance.box)
-                sizes.append((width, height))
+                sizes.append(size)
         pictures.append(picture)
+    if files:
+        for file in sorted(set(picture_files(root)) - {picture.file for picture in pictures}):
+            ledger.add("picture left out: no line names it", file.name)
     meant = convention(boxes, sizes, str(root))
     if meant is not None:
         name, converted = meant
@@ -72,8 +87,9 @@ def read(root: Path, ledger: Ledger) -> Iterator[Picture]:
 def _listed(files: Sequence[Path], root: Path, ledger: Ledger) -> Iterator[Row]:
     """The lines of metadata.jsonl files."""
     for file in files:
-        names = _class_names(file.parent) or _class_names(root)
-        for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), 1):
+        found = class_names(file.parent, _NAMES, ledger) or class_names(root, _NAMES, ledger)
+        names = [found.get(k, "") for k in range(max(found, default=-1) + 1)]
+        for number, line in enumerate(read_text(file, ledger).split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -148,17 +164,11 @@ def _picture(
         return Path(f"{name}.{(image.format or 'png').lower()}"), lambda: data
 
 
-def _size(row: Row) -> tuple[int, int]:
+def _picture_of(row: Row) -> Picture:
     if row.content is None:
-        return displayed_size(row.file)
-    return size_of_bytes(row.content(), f"{row.file} ({row.id})")
-
-
-def _class_names(folder: Path) -> list[str]:
-    for file in (folder / name for name in _NAMES):
-        if file.is_file():
-            return [line.strip() for line in file.read_text("utf-8", "replace").splitlines()]
-    return []
+        return picture_of(row.file, row.split, row.columns.get("width"), row.columns.get("height"))
+    width, height = size_of_bytes(row.content(), f"{row.file} ({row.id})")
+    return Picture(row.file, width, height, row.split, content=row.content)
 
 
 def _label_names(feature: Any) -> list[str]:
@@ -177,16 +187,19 @@ def _label_names(feature: Any) -> list[str]:
 
 def _objects(row: Row) -> Iterator[dict[str, Any]]:
     """One dictionary an object. Raises DataError where there is no column of boxes."""
-    inner = [row.columns, *(v for v in row.columns.values() if isinstance(v, Mapping))]
-    for columns in inner:  # a dictionary of lists
+    values = [parse_text(v) if isinstance(v, str) and v[:1] in "[{" else v for v in row.columns.values()]  # fmt: skip
+    for columns in (
+        row.columns,
+        *(v for v in values if isinstance(v, Mapping)),
+    ):  # a dictionary of lists
         if key := next((k for k in _BOXES if isinstance(columns.get(k), list)), None):
             count = len(columns[key])
             for k in range(count):
                 yield {n: v[k] for n, v in columns.items() if isinstance(v, list) and len(v) == count}  # fmt: skip
             return
-    for value in row.columns.values():  # a list of dictionaries
-        if isinstance(value, list) and all(isinstance(v, Mapping) for v in value):
-            yield from value
+    for value in values:  # a list of dictionaries
+        if isinstance(value, list) and all(v is None or isinstance(v, Mapping) for v in value):
+            yield from (v or {} for v in value)
             return
     if not any(v is None or v == {} for v in row.columns.values()):
         raise DataError(
@@ -213,7 +226,7 @@ def _instance(
             return None
         name = row.names[int(label)]
     else:
-        ledger.add("object left out: no category", *where, label)
+        ledger.add("object left out: no category, or not one for each box", *where, label)
         return None
     box = parse_box(value(_BOXES))
     mask, extent, _ = read_segmentation(value(_MASKS), *size, ledger, where)
