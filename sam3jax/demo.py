@@ -131,9 +131,10 @@ def _run(options: argparse.Namespace) -> None:
 
 def plan(config: Config, asked: str) -> list[str]:
     """What a demo is going to do, in lines for people. asked: what the models are asked about."""
-    what = "frames of generated videos" if config.task == "clips" else "generated pictures"
+    video = config.task == "clips"
+    what = "frames of generated videos" if video else "generated pictures"
     return [
-        "The demo takes four to six minutes on two CPU cores:",
+        f"The demo takes {'ten to fifteen' if video else 'four to six'} minutes on two CPU cores:",
         f"  1. {config.steps} steps of {config.batch_size} {what} teach the model new concepts; every "
         f"{config.save_every} steps are saved, and the same command continues",
         f"  2. the model is asked, as it was and as trained, about {asked} that it has never seen",

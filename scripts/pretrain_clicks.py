@@ -72,8 +72,9 @@ def main() -> None:
 
     model_config, params, tokenizer = start(options.base, options.seed)
     clicks = ClicksConfig(
-        objects=options.objects, rounds=options.rounds, mask_resolution=options.mask_resolution
-    )
+        objects=options.objects, rounds=options.rounds, mask_resolution=options.mask_resolution,
+        mask_loss="bce", loss_mask=2.0, loss_dice=2.0,
+    )  # fmt: skip
     data = DataConfig(
         train="shapes", shapes_concepts=options.concepts, shapes_train=options.pictures,
         shapes_valid=60, flip=True, turn=True, **PIXELS,

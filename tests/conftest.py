@@ -23,7 +23,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     jax.config.update("jax_compilation_cache_dir", cache.name)
 jax.config.update(
-    "jax_persistent_cache_min_compile_time_secs", float(os.environ.get("MINC", "0.5"))
+    "jax_persistent_cache_min_compile_time_secs", 0.2
 )
 
 
