@@ -38,6 +38,8 @@ PIXELS = {
     "blur": 1.0,
     "noise": 20.0,
 }
+# Unsure edges lie where they are likelier inside than outside; focal loss draws them tighter.
+LOSS = {"mask_loss": "bce", "loss_mask": 2.0, "loss_dice": 2.0}
 ROOTS = ("tracker_neck", "prompt_encoder", "mask_decoder", "no_mem_embed")
 
 
@@ -73,7 +75,7 @@ def main() -> None:
     model_config, params, tokenizer = start(options.base, options.seed)
     clicks = ClicksConfig(
         objects=options.objects, rounds=options.rounds, mask_resolution=options.mask_resolution,
-        mask_loss="bce", loss_mask=2.0, loss_dice=2.0,
+        **LOSS,
     )  # fmt: skip
     data = DataConfig(
         train="shapes", shapes_concepts=options.concepts, shapes_train=options.pictures,
@@ -131,6 +133,7 @@ def main() -> None:
         before = dict(open_model_folder(options.base).source)
         told = {k: v for k, v in vars(options).items() if k not in ("out", "base")}
         told |= {"made by": "python -m scripts.pretrain_clicks", "steps": number, **scores}
+        told |= {"pixels": PIXELS, "loss": LOSS}
         history = [*before.get("trained", []), told]
         save_model_folder(
             options.out, model_config, narrow, tokenizer, source={**before, "trained": history}

@@ -22,9 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="sam3jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     jax.config.update("jax_compilation_cache_dir", cache.name)
-jax.config.update(
-    "jax_persistent_cache_min_compile_time_secs", 0.2
-)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_collection_modifyitems(items):
