@@ -79,12 +79,16 @@ def test_any_number_of_devices_equals_frame_by_frame(asked, one_by_one, devices,
     assert [n for n, _ in found] == list(range(11))[:: -1 if reverse else 1]
     for number, got in found:
         want = one_by_one[number]
+        # Another program adds the products behind a mask's logit in another order, which rounds at the size of
+        # the largest: 4e-6 of 11 with XLA's older emitter of loops.
+        largest = np.abs(want.masks).max()
+        np.testing.assert_allclose(got.masks / largest, want.masks / largest, rtol=1e-6, atol=1e-6)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(
                 np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-6, atol=1e-6
             ),
-            got,
-            want,
+            got.replace(masks=0),
+            want.replace(masks=0),
         )
         np.testing.assert_array_equal(got.query, want.query)
         assert [str(x.dtype) for x in got.levels] == ["bfloat16"] * 3
