@@ -132,9 +132,7 @@ class _Reader:
         self.found: list[list[Annotation]] = [[] for _ in listing.records]
         self.judge = BoxJudge()
         self.stated_masks = 0
-        self.stated_categories: set[Any] = (
-            set()
-        )  # as annotations write their ids, whole numbers only
+        self.stated_categories: set[int] = set()  # category ids of annotations, whole numbers only
         self._listing, self._categories, self._ledger = listing, categories, ledger
         self._ids: set[Any] = set()
         self._seen: Counter[tuple] = Counter()

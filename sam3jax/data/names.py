@@ -196,17 +196,26 @@ def rename_categories(
     """
     if strict:
         check_phrases(phrases, dataset)
-    by_key = {phrase_key(name): phrase for name, phrase in phrases.items()}
-    names = {i: by_key.get(phrase_key(n), n) for i, n in dataset.categories.items()}
-    if names == dict(dataset.categories):
-        return dataset
     ledger = Ledger(dataset.problems)
-    merged = merge_equal_names(names, ledger)
+    own, merged = renamed(dataset.categories, phrases, ledger)
+    if own == dict(dataset.categories):
+        return dataset
     images = dataset.images
     if any(merged[i] != i for i in merged):
         images = tuple(_renumber(image, merged) for image in images)
-    own = {i: n for i, n in names.items() if merged[i] == i}
     return replace(dataset, images=images, categories=own, problems=ledger)
+
+
+def renamed(
+    categories: Mapping[int, str], phrases: Mapping[str, str], ledger: Ledger
+) -> tuple[dict[int, str], dict[int, int]]:
+    """(categories under other phrases, the category that each becomes): equal phrases become one."""
+    by_key = {phrase_key(name): phrase for name, phrase in phrases.items()}
+    names = {i: by_key.get(phrase_key(n), n) for i, n in categories.items()}
+    if names == dict(categories):
+        return names, {i: i for i in names}
+    merged = merge_equal_names(names, ledger)
+    return {i: n for i, n in names.items() if merged[i] == i}, merged
 
 
 def _renumber(image: ImageRecord, merged: Mapping[int, int]) -> ImageRecord:

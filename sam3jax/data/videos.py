@@ -16,7 +16,7 @@ from sam3jax.data.coco import Annotation
 from sam3jax.data.describe import entry_lines
 from sam3jax.data.frames import Film, FrameFiles, Still
 from sam3jax.data.ledger import Ledger
-from sam3jax.data.names import merge_equal_names, phrase_key
+from sam3jax.data.names import renamed
 from sam3jax.data.pictures import Reading
 
 VOID = 255  # of palette masks: a pixel of which nobody knows what it is
@@ -93,12 +93,10 @@ class VideoDataset:
 def rename_phrases(dataset: VideoDataset, phrases: Mapping[str, str]) -> VideoDataset:
     """The same data under other phrases, as far as they name its categories; those given the same phrase
     become one."""
-    by_key = {phrase_key(name): phrase for name, phrase in phrases.items()}
-    names = {i: by_key.get(phrase_key(n), n) for i, n in dataset.categories.items()}
-    if names == dict(dataset.categories):
-        return dataset
     ledger = Ledger(dataset.problems)
-    merged = merge_equal_names(names, ledger)
+    own, merged = renamed(dataset.categories, phrases, ledger)
+    if own == dict(dataset.categories):
+        return dataset
 
     def renumbered(video: Video) -> Video:
         new = lambda ids: None if ids is None else frozenset(merged[i] for i in ids)
@@ -112,7 +110,6 @@ def rename_phrases(dataset: VideoDataset, phrases: Mapping[str, str]) -> VideoDa
     videos = dataset.videos
     if any(merged[i] != i for i in merged):
         videos = tuple(map(renumbered, videos))
-    own = {i: n for i, n in names.items() if merged[i] == i}
     return replace(dataset, videos=videos, categories=own, problems=ledger)
 
 
