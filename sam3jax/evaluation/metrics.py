@@ -102,7 +102,7 @@ def _resampled(
     places = {image: n for n, image in enumerate(truth.images)}
     if len(places) < 2:
         return {}
-    detections = sum(len(c.scores) for areas in matches.values() for c in areas[0])
+    detections = sum(len(c.scores) for areas in matches.values() for cs in areas for c in cs)
     weights = draws_of(len(places), detections)
     values: dict[str, np.ndarray] = {}
     for kind, areas in matches.items():

@@ -88,7 +88,9 @@ def averages(categories: Sequence[Judged], weights: np.ndarray, recalls: np.ndar
     for c in categories:
         there = weights @ c.instances  # [W]
         number[:, 0] += there > 0
-        for w in np.flatnonzero(there if len(c.scores) else 0 * there):
+        if not len(c.scores):
+            continue
+        for w in np.flatnonzero(there):
             times = weights[w, c.image]
             hits, misses = np.cumsum(c.right * times, axis=1), np.cumsum(c.wrong * times, axis=1)
             found[w] += hits[:, -1] / there[w]
