@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from sam3jax.data.ledger import DataError
 from sam3jax.data.records import Dataset
 from sam3jax.data.video_sets import pictures_named, read_pictures
 from sam3jax.evaluation.click_report import print_clicks
+from sam3jax.evaluation.progress import progress
 from sam3jax.files import FileError, make_folder
 from sam3jax.tasks.clicks import Clicks, ClicksData
 from sam3jax.training.mesh import backend_of, local_mesh, put_replicated
@@ -47,12 +47,13 @@ def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     validate = task.validation(ClicksData(dataset, dataset), mesh, **process)
     assert validate is not None
 
-    def ask(variables: Mapping[str, Any]):
-        _, kept = task.prepare({}, dict(variables), ClicksData(dataset, dataset))
-        return validate(put_replicated(kept, mesh), None)
+    def ask(base: bool):
+        _, kept = task.prepare({}, dict(run.asked(base)), ClicksData(dataset, dataset))
+        with progress(f"{'base' if base else 'tuned'} on {dataset.name}") as advance:
+            return validate(put_replicated(kept, mesh), None, advance)
 
-    found = ask(run.asked(options.base))
-    before = ask(run.asked(base=True)) if options.compare else None
+    found = ask(options.base)
+    before = ask(True) if options.compare else None
     which = "base" if options.base else "tuned"
     found.write(output, before, {"run": str(run.path), "step": run.step, "weights": which})
     for name, panel in found.panels():

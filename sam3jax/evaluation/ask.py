@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -14,12 +14,13 @@ import numpy as np
 
 from sam3jax.config import EvalConfig
 from sam3jax.data.coco import Dataset
-from sam3jax.data.loader import EvalBatch, make_eval_loader
+from sam3jax.data.loader import EvalBatch, EvalLoader, make_eval_loader
 from sam3jax.data.prompts import tokenize, vocabulary
 from sam3jax.evaluation.ground_truth import Pair
 from sam3jax.evaluation.interactive import answer_and_correct
 from sam3jax.evaluation.metrics import Evaluation, measure
 from sam3jax.evaluation.processes import of_all_processes
+from sam3jax.evaluation.progress import Advance, length, progress, untold
 from sam3jax.inference.candidates import Candidates
 from sam3jax.inference.detector import BatchDetector, Detector, Variables
 from sam3jax.inference.full_size import fetch, full_size
@@ -30,30 +31,32 @@ from sam3jax.weights.run_folder import Run
 def evaluate_dataset(
     detector: Detector,
     variables: Variables,
-    loader: Iterable[EvalBatch],
+    loader: EvalLoader,
     dataset: Dataset,
     config: EvalConfig,
     *,
     batches: int | None = None,
     text: TextFeatures | None = None,
     thresholds: Mapping[str, float] | None = None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Advance = untold,
 ) -> Evaluation:
     """Ask a model every question of the loader and measure its answers against the data set.
 
     detector: `Detector(model, config, limit=detections_to_keep(dataset, config))`, made once.
     batches: look at no more than these; only what was asked is counted. text: the encoded phrases of the
     loader's batches, where they are known. thresholds: score of each category from which a detection
-    counts, instead of config.threshold. advance: called per batch.
+    counts, instead of config.threshold. advance: told per batch.
     """
     rounds: list[list[dict[str, Any]]] = [[] for _ in range(config.interactive_steps + 1)]
     asked: set[Pair] = set()
     answers = _rounds if config.interactive_steps else _answers
-    for pairs, found in answers(detector, variables, loader, dataset, config, batches, text):
+    total = length(loader, batches)
+    answered = answers(detector, variables, loader, dataset, config, batches, text)
+    for done, (pairs, found) in enumerate(answered, 1):
         asked |= pairs
         for known, new in zip(rounds, found, strict=True):
             known += new
-        advance()
+        advance(done, total)
     asked, rounds = _of_all_processes(asked, rounds)
     count = partial(
         measure, dataset, threshold=config.threshold, thresholds=thresholds, asked=asked
@@ -173,25 +176,7 @@ def evaluate_run(
         dataset, phrases, tokens, config, targets=False, batch_size=size, **process
     )
     variables = run.asked(base)
-    with progress(f"{'base' if base else 'tuned'} on {dataset.name}", len(loader)) as advance:
+    with progress(f"{'base' if base else 'tuned'} on {dataset.name}") as advance:
         return evaluate_dataset(
             detector, variables, loader, dataset, config.evaluation, advance=advance
         )
-
-
-class progress:
-    """A progress bar on stderr that stays away from logs."""
-
-    def __init__(self, title: str, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(title, total=total)
-
-    def __enter__(self) -> Callable[[], None]:
-        self._bar.start()
-        return lambda: self._bar.advance(self._task)
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -13,8 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sam3jax.config import ClicksConfig
+from sam3jax.data.loader import EvalLoader
 from sam3jax.evaluation.click_metrics import ClickScores, boundary_f
 from sam3jax.evaluation.processes import of_all_processes
+from sam3jax.evaluation.progress import Advance, length, untold
 from sam3jax.inference.click_rounds import Evaluated, evaluation_rounds
 from sam3jax.model import Interactive
 from sam3jax.types import AXIS, ClickBatch
@@ -52,33 +54,36 @@ def click_on_dataset(
     model: Interactive,
     mesh: Mesh,
     variables: Tree,
-    loader: Iterable[ClickBatch],
+    loader: EvalLoader,
     config: ClicksConfig,
     *,
     batches: int | None = None,
     panels: int = 0,
-    advance: Callable[[], None] = lambda: None,
+    advance: Advance = untold,
 ) -> ClickEvaluation:
     """Evaluate every object of the loader's batches, whose pictures divide among the mesh's devices.
 
     variables: on the devices of the mesh. batches: no more than these. panels: pictures kept to be drawn.
+    advance: told per batch.
     """
     objects: list[dict[str, Any]] = []
     pictures: list[ClickedPicture] = []
     rows = NamedSharding(mesh, P(AXIS))
-    waiting: tuple[ClickBatch, Evaluated] | None = None
+    total, waiting = length(loader, batches), None
 
-    def read(batch: ClickBatch, found: Evaluated) -> None:
+    def read(number: int, batch: ClickBatch, found: Evaluated) -> None:
         objects.extend(_objects(batch, found))
         if len(pictures) < panels:
             pictures.extend(_pictures(batch, found, config, panels - len(pictures)))
-        advance()
+        advance(number, total)
 
-    for number, batch in enumerate(loader):
-        if batches is not None and number >= batches:
-            break
+    for number, batch in enumerate(islice(loader, total), 1):
         # The devices click on this batch while the host measures the one before.
-        running = batch, _rounds(model, mesh, config, variables, jax.device_put(batch, rows))
+        running = (
+            number,
+            batch,
+            _rounds(model, mesh, config, variables, jax.device_put(batch, rows)),
+        )
         if waiting is not None:
             read(*waiting)
         waiting = running

@@ -28,11 +28,11 @@ def fill(
     mesh: Mesh,
     *,
     at_once: int,
-    advance: Callable[[], None],
+    advance: Callable[[int, int], None],
 ) -> None:
     """Compute every entry that is missing. picture(row, view) -> pixels [Y, X, 3] uint8.
 
-    at_once: pictures of a device; the next ones are read while these are computed. advance: called per batch.
+    at_once: pictures of a device; the next ones are read while these are computed. advance: called with the batches done and all.
     """
     missing, size = store.missing(stamps), at_once * mesh.size
     groups = [missing[k : k + size] for k in range(0, len(missing), size)]
@@ -51,7 +51,7 @@ def fill(
             coming = pool.submit(read, groups[k + 1]) if k + 1 < len(groups) else None
             found = np.asarray(jax.device_get(features))[: len(entries)]
             store.write(entries, found, [stamps[e // store.views] for e in entries])
-            advance()
+            advance(k + 1, len(groups))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

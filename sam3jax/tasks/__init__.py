@@ -17,7 +17,7 @@ from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.tasks.clicks import Clicks
 from sam3jax.tasks.clips import Clips
 from sam3jax.tasks.detection import Detection
-from sam3jax.tasks.validated import Validated
+from sam3jax.tasks.validated import Ask, Validated
 from sam3jax.weights.tree import Tree
 
 
@@ -72,10 +72,8 @@ class Task(Protocol):
         """What is logged of a step, from the summed terms; `loss` among it."""
         ...
 
-    def validation(
-        self, data: Any, mesh: Mesh, **process: Any
-    ) -> Callable[[Tree, Any], Validated] | None:
-        """validate(variables, prepared) -> Validated; None without validation data.
+    def validation(self, data: Any, mesh: Mesh, **process: Any) -> Ask | None:
+        """validate(variables, prepared, advance) -> Validated; None without validation data.
 
         mesh: the devices of this process.
         """
@@ -88,4 +86,4 @@ TASKS: dict[str, Callable[[Config, str | None], Task]] = {
     "clicks": Clicks,
 }
 
-__all__ = ["TASKS", "Task", "Validated"]
+__all__ = ["TASKS", "Ask", "Task", "Validated"]

@@ -10,7 +10,7 @@ from sam3jax.data.features import FeatureStore, stamps_of
 from sam3jax.data.loader import view_of
 from sam3jax.data.sampling import fingerprint
 from sam3jax.data.shapes import cache_folder
-from sam3jax.evaluation.ask import progress
+from sam3jax.evaluation.progress import progress
 from sam3jax.inference.trunk_features import checksum, fill
 from sam3jax.model import Sam3
 from sam3jax.weights.trainable import adapted_entries, trained_entries
@@ -63,7 +63,6 @@ def fill_store(
     store.open(cache_folder() / "trunk", about)
     stamps = stamps_of(dataset, config.data.slices)
     at_once = config.evaluation.batch_size
-    batches = -(-len(store.missing(stamps)) // (at_once * mesh.size))
-    with progress(f"trunk features of {dataset.name}", batches) as advance:
+    with progress(f"trunk features of {dataset.name}") as advance:
         picture = lambda row, view: view_of(dataset, row, view, config)
         fill(store, stamps, picture, model, trunk, mesh, at_once=at_once, advance=advance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,10 @@ from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.data.video_sets import read_pictures
 from sam3jax.evaluation.click_ask import click_on_dataset
 from sam3jax.evaluation.click_report import write_click_evaluation
+from sam3jax.evaluation.progress import Advance, untold
 from sam3jax.model import Interactive
 from sam3jax.tasks.click_training import training_rounds
-from sam3jax.tasks.validated import Validated
+from sam3jax.tasks.validated import Ask, Validated
 from sam3jax.types import AXIS, ClickBatch
 from sam3jax.viewing.batches import draw_click_batch
 from sam3jax.viewing.click_panels import click_panel
@@ -104,19 +105,18 @@ class Clicks:
     def metrics(self, terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return terms
 
-    def validation(
-        self, data: ClicksData, mesh: Mesh, **process: int
-    ) -> Callable[[Tree, None], Validated] | None:
+    def validation(self, data: ClicksData, mesh: Mesh, **process: int) -> Ask | None:
         if data.valid is None:
             return None
         dataset, e, clicks = data.valid, self.config.evaluation, self.config.clicks
         size = e.batch_size * mesh.size * process.get("process_count", 1)
         loader = make_click_eval_loader(dataset, self.config, batch_size=size, **process)
 
-        def validate(variables: Tree, prepared: None) -> Validated:
+        def validate(variables: Tree, prepared: Any, advance: Advance = untold) -> Validated:
             found = click_on_dataset(
-                self.asked, mesh, variables, loader, clicks, batches=e.batches, panels=e.panels
-            )
+                self.asked, mesh, variables, loader, clicks, batches=e.batches, panels=e.panels,
+                advance=advance,
+            )  # fmt: skip
 
             def panels() -> Iterator[tuple[str, Image.Image]]:
                 for number, p in enumerate(found.pictures):

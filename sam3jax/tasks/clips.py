@@ -7,7 +7,7 @@ gradient, so memory follows those few, not the clip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,11 +25,12 @@ from sam3jax.data.records import Dataset
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.data.video_sets import open_videos, pictures_of, sampling_of
 from sam3jax.data.videos import VideoDataset, describe_videos
+from sam3jax.evaluation.progress import Advance, untold
 from sam3jax.evaluation.steadiness import steadiness_of
 from sam3jax.losses.detection import Shares, part_shares, weigh
 from sam3jax.losses.totals import Totals, count_totals
 from sam3jax.tasks.detection import Detection, DetectionData, asked, encode_asked, forward
-from sam3jax.tasks.validated import Validated
+from sam3jax.tasks.validated import Ask, Validated
 from sam3jax.types import AXIS, ClipBatch, TextFeatures
 from sam3jax.viewing.batches import draw_batch
 from sam3jax.viewing.draw import found_instances, true_instances
@@ -122,9 +123,7 @@ class Clips(Detection):
         each = jax.lax.map(again, (split, jnp.arange(parts)))
         return weigh(jax.tree.map(lambda x: x.sum(0), each), config, totals, (AXIS,))
 
-    def validation(
-        self, data: Any, mesh: Mesh, **process: int
-    ) -> Callable[[Tree, TextFeatures | None], Validated] | None:
+    def validation(self, data: Any, mesh: Mesh, **process: int) -> Ask | None:
         """The frames as pictures; beside their metrics how steady scores are from frame to frame."""
         if data.valid is None:
             return None
@@ -133,8 +132,8 @@ class Clips(Detection):
         ask = super().validation(as_pictures, mesh, **process)
         assert ask is not None
 
-        def validate(variables: Tree, prepared: TextFeatures | None) -> Validated:
-            found = ask(variables, prepared)
+        def validate(variables: Tree, prepared: Any, advance: Advance = untold) -> Validated:
+            found = ask(variables, prepared, advance)
             asked = {p["image_id"] for p in found.found.predictions}
             records = [r for r in pictures.images if r.id in asked or e.batches is None]
             steady = steadiness_of(records, found.found.predictions)

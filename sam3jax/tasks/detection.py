@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,13 @@ from sam3jax.data.prompts import balance, tokenize, vocabulary
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.evaluation.ask import detections_to_keep, evaluate_dataset
 from sam3jax.evaluation.comparison import write_evaluation
+from sam3jax.evaluation.progress import Advance, untold
 from sam3jax.inference.detector import Detector, encode_text
 from sam3jax.losses.detection import breakdown, loss_shares, with_f1
 from sam3jax.losses.totals import Totals, count_totals
 from sam3jax.model import Sam3
 from sam3jax.tasks.cached_trunk import empty_store, fill_store
-from sam3jax.tasks.validated import Validated
+from sam3jax.tasks.validated import Ask, Validated
 from sam3jax.types import AXIS, Batch, Outputs, Prompts, TextFeatures
 from sam3jax.viewing.batches import draw_batch
 from sam3jax.viewing.draw import dataset_panel
@@ -133,9 +134,7 @@ class Detection:
         named = {f"loss/{name}": value for name, value in parts.items()}
         return {**with_f1(terms), **named, "loss": terms["core_loss"]}
 
-    def validation(
-        self, data: DetectionData, mesh: Mesh, **process: Any
-    ) -> Callable[[Tree, TextFeatures | None], Validated] | None:
+    def validation(self, data: DetectionData, mesh: Mesh, **process: Any) -> Ask | None:
         if data.valid is None:
             return None
         dataset, e = data.valid, self.config.evaluation
@@ -145,9 +144,16 @@ class Detection:
             dataset, data.phrases, data.tokens, self.config, targets=False, batch_size=size, **process
         )  # fmt: skip
 
-        def validate(variables: Tree, prepared: TextFeatures | None) -> Validated:
+        def validate(variables: Tree, prepared: Any, advance: Advance = untold) -> Validated:
             found = evaluate_dataset(
-                detector, variables, loader, dataset, e, batches=e.batches, text=prepared
+                detector,
+                variables,
+                loader,
+                dataset,
+                e,
+                batches=e.batches,
+                text=prepared,
+                advance=advance,
             )
 
             def panels() -> Iterator[tuple[str, Image.Image]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
+
+from sam3jax.evaluation.progress import Advance
+from sam3jax.weights.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -24,3 +27,9 @@ class Validated:
     write: Callable[[Path, Validated | None, Mapping[str, Any]], None]
     thresholds: dict[str, float] = field(default_factory=dict)
     found: Any = None
+
+
+class Ask(Protocol):
+    """Validate these weights. prepared: what `task.prepare` returned. advance: told per batch."""
+
+    def __call__(self, variables: Tree, prepared: Any, advance: Advance = ...) -> Validated: ...

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from sam3jax.checksums import changed, forget
 from sam3jax.config import Config
+from sam3jax.evaluation.progress import Advance, untold
 from sam3jax.files import write_text
 from sam3jax.training.optim import learning_rate
 from sam3jax.training.timing import Timer, peak_memory
@@ -88,16 +89,21 @@ class RunLog:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def busy(self, what: str, when: bool = True) -> Iterator[None]:
-        """Something that takes long and is no step: the bar names it, its clock goes on."""
+    def busy(self, what: str, when: bool = True) -> Iterator[Advance]:
+        """Something that takes long and is no step: the bar names it, its clock goes on.
+
+        Yields what may be told how much of it is done.
+        """
         if not when:
-            yield
+            yield untold
             return
         start = time.perf_counter()
         if self._plain:
             self.say(f"{what} ...")
         self._bar.update(self._task, busy=(what, start))
-        yield
+        yield lambda done, total: self._bar.update(
+            self._task, busy=(f"{what} {done}/{total}", start)
+        )
         self._bar.update(self._task, busy=None)
         if self._plain:
             self.say(f"{what}: {_duration(time.perf_counter() - start)}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from sam3jax.config import Config, ConfigError
-from sam3jax.tasks import Validated
+from sam3jax.tasks import Ask, Validated
 from sam3jax.training.length import Patience
 from sam3jax.training.log import Hook, RunLog, nothing
 from sam3jax.training.sharding import whole
@@ -28,12 +27,12 @@ class Validation:
 
     Weights that are split over devices are gathered for the time of a validation.
 
-    ask(variables, prepared): what `task.validation` returned. best_by: the task's own metrics to judge by.
+    ask: what `task.validation` returned. best_by: the task's own metrics to judge by.
     """
 
     def __init__(
         self,
-        ask: Callable[[Tree, Any], Validated],
+        ask: Ask,
         config: Config,
         best_by: tuple[str, ...],
         run: Path,
@@ -50,8 +49,8 @@ class Validation:
 
     def base(self, trainable: Tree, frozen: Tree, prepared: Any) -> dict[str, float]:
         """Metrics of the model that the run starts from, `trainable` as before the first step. Raises ConfigError for an unknown best_metric."""
-        with self._log.busy("validating the model that the run starts from"):
-            self._before = self._ask(whole(merge(trainable, frozen)), prepared)
+        with self._log.busy("validating the model that the run starts from") as advance:
+            self._before = self._ask(whole(merge(trainable, frozen)), prepared, advance)
         self._log.base(self._before.metrics)
         self._judged(self._before.metrics)
         return self._before.metrics
@@ -59,8 +58,8 @@ class Validation:
     def __call__(self, state: TrainState, frozen: Tree, prepared: Any, step: int) -> None:
         """Validate the checkpoint of this step, which is being saved or was saved."""
         weights = state.trainable if state.ema is None else state.ema
-        with self._log.busy("validating"):
-            found = self._ask(whole(merge(weights, frozen)), prepared)
+        with self._log.busy("validating") as advance:
+            found = self._ask(whole(merge(weights, frozen)), prepared, advance)
         self._log.valid(step, found.metrics)
         for name, panel in found.panels():
             self._log.picture(step, name, panel, self._run / "predictions" / f"{step:07d}")
