@@ -1,5 +1,6 @@
 """Eight fake CPU devices, exact float32 products, and one compilation cache for the session."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -8,6 +9,9 @@ from tests.xla import flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# OpenMP's threads spin while they wait: beside another busy process, torch's tiny models took ten times as long.
+for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags(8)}"
 
@@ -23,6 +27,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     jax.config.update("jax_compilation_cache_dir", cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Tracing makes millions of small objects and little garbage: a twentieth of a test's time went into looking for it.
+gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):
