@@ -57,10 +57,13 @@ def round_losses(
     not `in_play` count for nothing. An object without a pixel in its target only teaches the score.
     """
     rows = (masks, ious, targets, jnp.ones(ious.shape, bool) if in_play is None else in_play)
-    # Full-size masks exist for a few objects at a time, forward and backward.
-    one = jax.checkpoint(lambda row: _one_object(row, config))
-    chunk = min(config.objects_at_once, len(ious))
-    mask, dice_, iou_error, iou, best = jax.lax.map(one, rows, batch_size=chunk)
+    # Full-size masks exist for a few objects at a time, forward and backward: equal chunks, as few as may be.
+    chunks = -(-len(ious) // config.objects_at_once)
+    size = -(-len(ious) // chunks)
+    rows = jax.tree.map(lambda x: _in_chunks(x, chunks, size), rows)
+    some = jax.checkpoint(lambda chunk: _some_objects(chunk, config))
+    found = jax.lax.map(some, rows)
+    mask, dice_, iou_error, iou, best = (x.reshape(-1)[: len(ious)] for x in found)
     present = targets.any((1, 2))
     share = lambda x: jnp.where(present, x, 0.0)
     return RoundLosses(
@@ -73,31 +76,45 @@ def round_losses(
     )
 
 
-def _one_object(row: tuple[jax.Array, ...], config: ClicksConfig):
-    """A row of masks [M, y, x], ious [M], target [Y, X], in_play [M] -> five numbers."""
-    masks, ious, target, in_play = row
+def _in_chunks(x: jax.Array, chunks: int, size: int) -> jax.Array:
+    """[B, ...] -> [chunks, size, ...], filled up with zeros."""
+    filled = jnp.pad(x, [(0, chunks * size - len(x)), *[(0, 0)] * (x.ndim - 1)])
+    return filled.reshape(chunks, size, *x.shape[1:])
+
+
+def _some_objects(chunk: tuple[jax.Array, ...], config: ClicksConfig):
+    """Masks [C, M, y, x], ious [C, M], targets [C, Y, X], in_play [C, M] -> five arrays [C].
+
+    Written for C objects, not for one under `vmap`: XLA:CPU would transpose every enlarged mask.
+    """
+    masks, ious, target, in_play = chunk
     if config.mask_resolution == "prediction":
-        target = at_centres(target, masks.shape[1:])
-    else:
-        masks = resize_bilinear(masks, target.shape)
-    wanted = jnp.broadcast_to(target, masks.shape).astype(jnp.float32)
+        target = at_centres(target, masks.shape[2:])
+    # [C M, Y, X] from here on.
+    masks = masks.reshape(-1, *masks.shape[2:])
+    if config.mask_resolution == "target":
+        masks = resize_bilinear(masks, target.shape[1:])
+    of_mask = lambda x: jnp.repeat(x, ious.shape[1], 0)
+    wanted = of_mask(target).astype(jnp.float32)
     if config.mask_loss == "focal":
         pixelwise = focal(masks, wanted, alpha=config.focal_alpha, gamma=config.focal_gamma)
     else:
         pixelwise = bce(masks, wanted)
-    mask = pixelwise.mean((1, 2))
-    dice_ = dice(masks, wanted)
-    true_ious = iou_of_masks(masks > 0, target[None])
+    by_object = lambda x: x.reshape(ious.shape)
+    mask = by_object(pixelwise.mean((1, 2)))
+    dice_ = by_object(dice(masks, wanted))
+    true_ious = by_object(iou_of_masks(masks > 0, of_mask(target)))
     miss = jnp.abs(ious - true_ious)
     if config.iou_error == "mse":
         miss = miss**2
     cost = jnp.where(in_play, config.loss_mask * mask + config.loss_dice * dice_, jnp.inf)
-    best = jnp.argmin(cost)
+    best = jnp.argmin(cost, 1)
+    of_best = lambda x: jnp.take_along_axis(x, best[:, None], 1)[:, 0]
     if config.iou_of == "all":
-        miss = jnp.where(in_play, miss, 0.0).sum() / in_play.sum()
+        miss = jnp.where(in_play, miss, 0.0).sum(1) / jnp.maximum(in_play.sum(1), 1)
     else:
-        miss = miss[best]
-    return mask[best], dice_[best], miss, true_ious[best], best
+        miss = of_best(miss)
+    return of_best(mask), of_best(dice_), miss, of_best(true_ious), best
 
 
 def iou_of_masks(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -87,9 +87,10 @@ class MaskDecoder(nn.Module):
 
         mask_tokens = tokens[:, 2 : 2 + MASKS].astype(jnp.float32)
         weights = self.output_hypernetworks_mlps(mask_tokens)  # [B, 4, D/8]
+        # The few masks are transposed, not the many channels of the pixels.
         masks = jnp.einsum(
-            "bmd,byxd->bmyx", weights.astype(dtype), pixels, preferred_element_type=jnp.float32
-        )
+            "byxd,bmd->byxm", pixels, weights.astype(dtype), preferred_element_type=jnp.float32
+        ).transpose(0, 3, 1, 2)
         ious = jax.nn.sigmoid(self.iou_prediction_head(tokens[:, 1].astype(jnp.float32)))
         score = self.pred_obj_score_head(tokens[:, 0].astype(jnp.float32))[:, 0]
         return PromptedMasks(masks, ious, mask_tokens, score)
