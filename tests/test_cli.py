@@ -239,3 +239,13 @@ def test_the_page_of_settings_is_what_the_command_prints(capsys):
     assert part.splitlines()[-1] in said
     assert "## optim" in part
     assert "## lora" not in part
+
+
+@pytest.mark.parametrize("given", ["shipped:tiny_shapes", "sam3.pt"])
+def test_weights_in_the_place_of_a_run_are_told_where_they_belong(given, tmp_path, monkeypatch):
+    from sam3jax.weights.run_folder import open_run_base
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sam3.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"{given} holds weights, .* --model, training as init="):
+        open_run_base(given)

@@ -24,6 +24,7 @@ from sam3jax.weights.base import Base, open_base, same_base
 from sam3jax.weights.checkpoints import Checkpoints, newest_about, refuse_old
 from sam3jax.weights.frozen import in_eight_bits
 from sam3jax.weights.lock import LOCK, RunLock, held
+from sam3jax.weights.model_folder import is_model_folder
 from sam3jax.weights.trainable import merge, start
 from sam3jax.weights.tree import Tree, dotted
 
@@ -82,6 +83,10 @@ class Run:
 def open_run_base(path: str | Path) -> Base:
     """Sizes and vocabulary of a run, nothing big read. Raises ConfigError where the folder is no run."""
     file = Path(path) / CONFIG
+    if is_model_folder(path) or Path(path).is_file():
+        raise ConfigError(
+            f"{path} holds weights, it is no run folder: predict takes it as --model, training as init="
+        )
     if not file.is_file():
         raise ConfigError(
             f"{path} is no run folder: expected {CONFIG}, written by python -m sam3jax.train"
