@@ -83,7 +83,7 @@ class Batch(struct.PyTreeNode):
 class ClickBatch(struct.PyTreeNode):
     """Pictures with up to K objects each, for clicks: B = I * K rows, row b of picture b // K.
 
-    images [I, Y, X, 3] uint8; masks [I, K, Y, ceil(X / 8)] uint8, packed as in Targets.
+    images as in Batch, squares; masks [I, K, Y, ceil(X / 8)] uint8, packed as in Targets.
     valid [I, K] bool, False for padding.
     points [I, K, A, 2] stored with an object, x and y in pixels of these pictures; A may be 0.
     labels [I, K, A] int32: 1 inside, 0 outside, -2 no point.
@@ -99,6 +99,11 @@ class ClickBatch(struct.PyTreeNode):
     image_valid: Array
     image_id: Array
     luck: Array
+
+    @property
+    def edge(self) -> int:
+        """Pixels of an edge of the pictures, also where their features stand in their place."""
+        return self.masks.shape[2]
 
 
 class TextFeatures(struct.PyTreeNode):

@@ -189,6 +189,17 @@ def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monk
         assert before == after
 
 
+def test_features_read_back_train_as_pictures_do(data, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAM3JAX_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "cached"
+    assert train.main(arguments(data, run, cache_trunk=2)) == 0
+    drawn = "batches/batch_1.png"
+    assert (run / drawn).read_bytes() == (undisturbed / drawn).read_bytes()
+    ours, theirs = losses(run), losses(undisturbed)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
 def test_a_run_of_clicks_starts_from_a_run_of_clicks(undisturbed, data, tmp_path):
     before = load_config(undisturbed / "config.yaml")
     config = parse_config({**before.model_dump(mode="json"), "init": str(undisturbed)})

@@ -67,6 +67,17 @@ def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monk
     assert losses(run) == losses(undisturbed)
 
 
+def test_features_read_back_train_as_frames_do(data, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAM3JAX_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "cached"
+    assert train.main(arguments(data, run, cache_trunk=4)) == 0
+    drawn = "batches/batch_1.png"
+    assert (run / drawn).read_bytes() == (undisturbed / drawn).read_bytes()
+    ours, theirs = losses(run), losses(undisturbed)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
 def test_void_pixels_are_a_crowd_of_every_phrase(tmp_path):
     config = small_config(task="clips", data={"train": str(made.write_palette(tmp_path, every=2))})
     train_set, valid, _ = open_videos(config)

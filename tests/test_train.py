@@ -102,7 +102,7 @@ def test_features_read_back_train_as_pictures_do(data, undisturbed, tmp_path, mo
     ("changes", "said"),
     [({"lora.targets": ["backbone.vision_backbone.trunk.*"]}, "lora.targets=[transformer.*]"),
      ({"train": "all"}, "tensors are trained"), ({"model.drop_path": 0.1}, "set model.drop_path=0"),
-     ({"task": "clips"}, "cache_trunk is for task detect")],
+     ({"task": "clicks", "lora.enabled": True, "lora.targets": ["backbone.vision_backbone.trunk.*"]}, "cache_trunk is for")],
 )  # fmt: skip
 def test_a_trunk_whose_answers_change_is_not_cached(data, tmp_path, capsys, changes, said):
     run = tmp_path / "run"

@@ -134,8 +134,8 @@ class Config(Section):
         default=0,
         ge=0,
         le=1000,
-        description="Views of each picture whose trunk features are computed once, kept on disk ($SAM3JAX_CACHE) and read "
-        "back in every step; augmentation draws among these views. For runs that train nothing of the trunk. 0: none.",
+        description="Views of each picture (clips of each video) whose trunk features are computed once, kept on disk "
+        "($SAM3JAX_CACHE) and read back in every step; augmentation draws among these views. For runs that train nothing of the trunk. 0: none.",
     )
     seed: int = Field(
         default=0, ge=0, le=SEEDS, description="Seed of weights, shuffling and augmentation."
@@ -229,10 +229,6 @@ class Config(Section):
             raise ValueError(
                 "base_dtype int8 is for weights that are not trained, and train=all trains every one: use train=lora, or "
                 "leave base_dtype out"
-            )
-        if self.cache_trunk and self.task != "detect":
-            raise ValueError(
-                f"cache_trunk is for task detect, and this is {self.task}: leave it out"
             )
         if self.loss.weak_loss and self.micro_batch is not None:
             raise ValueError(

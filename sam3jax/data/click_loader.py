@@ -13,11 +13,12 @@ import numpy as np
 
 from sam3jax.config import Config, ConfigError
 from sam3jax.data import transforms
-from sam3jax.data.augmentation import Change, draw_change
+from sam3jax.data.augmentation import Change
 from sam3jax.data.examples import Arrays, move_instance, stack
+from sam3jax.data.features import FeatureStore
 from sam3jax.data.judgements import nearly_all
 from sam3jax.data.ledger import DataError
-from sam3jax.data.loader import EvalLoader, TrainLoader
+from sam3jax.data.loader import EvalLoader, TrainLoader, change_of
 from sam3jax.data.records import Annotation, Dataset, ImageRecord
 from sam3jax.data.sampling import Order, fingerprint
 from sam3jax.data.stored_clicks import is_in_box
@@ -50,11 +51,17 @@ def with_objects(dataset: Dataset) -> Dataset:
 
 
 def make_click_loader(
-    dataset: Dataset, config: Config, *, process_index: int = 0, process_count: int = 1
+    dataset: Dataset,
+    config: Config,
+    *,
+    features: FeatureStore | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> TrainLoader:
     """Shuffled, augmented ClickBatches of config.batch_size pictures, this process's rows of them.
 
-    Pictures without an object that has a mask are left out. Raises ConfigError and DataError.
+    Pictures without an object that has a mask are left out. features: of `with_objects(dataset)`, as in
+    `make_train_loader`. Raises ConfigError and DataError.
     """
     if (config.data.min_size or 0) > config.model.image_size:
         raise ConfigError(
@@ -73,6 +80,7 @@ def make_click_loader(
         config=config,
         objects=objects_of(dataset, config),
         stored=stored_clicks(dataset),
+        features=features,
         stride=config.batch_size,
         offset=process_index * local,
         local=local,
@@ -83,7 +91,11 @@ def make_click_loader(
         for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield ClickBatch(**arrays)
 
-    return TrainLoader(stream, config.batch_size, identity, len(order))
+    pictures = None
+    if features is not None:
+        identity["views"] = features.views
+        pictures = lambda number: ClickBatch(**batch_of(number, pixels=True))
+    return TrainLoader(stream, config.batch_size, identity, len(order), pictures)
 
 
 def make_click_eval_loader(
@@ -163,14 +175,17 @@ def _example(
     objects: int,
     change: Change | None = None,
     stored: int = 0,
+    features: np.ndarray | None = None,
 ) -> Arrays:
     """One picture's arrays: the first `objects` of the annotations of which something is left.
 
-    stored: room for the clicks that an annotation brings with it.
+    stored: room for the clicks that an annotation brings with it. features: in the place of pixels.
     """
     size_x, size_y = transform.canvas
+    if features is None:
+        features = transforms.move_picture(transform, record.open(), change)
     out: Arrays = {
-        "images": transforms.move_picture(transform, record.open(), change),
+        "images": features,
         "masks": np.zeros((objects, size_y, -(-size_x // 8)), np.uint8),
         "valid": np.zeros(objects, bool),
         "points": np.zeros((objects, stored, 2), np.float32),
@@ -202,22 +217,25 @@ def _train_batch(
     config: Config,
     objects: int,
     stored: int,
+    features: FeatureStore | None,
     stride: int,
     offset: int,
     local: int,
+    pixels: bool = False,
 ) -> Arrays:
+    """pixels: pictures also where there are features."""
     out = []
     for position in range(number * stride + offset, number * stride + offset + local):
         turn, row = order(position)
         record = dataset.images[row]
-        rng = np.random.default_rng((config.seed, turn, row, 1))
-        size = config.model.image_size
-        transform = transforms.draw_transform(rng, record.width, record.height, size, config.data)
-        change = draw_change(np.random.default_rng((config.seed, turn, row, 2)), config.data)
+        view = turn if features is None else turn % features.views
+        transform, change = change_of(record, row, view, config)
         found = clickable(record)
+        rng = np.random.default_rng((config.seed, turn, row, 3))
+        luck = np.uint32(rng.integers(2**32))
         drawn = tuple(found[k] for k in rng.permutation(len(found)))
-        arrays = _example(record, drawn, transform, objects, change, stored)
-        luck = np.uint32(np.random.default_rng((config.seed, turn, row, 3)).integers(2**32))
+        known = None if features is None or pixels else features.read(row, view)
+        arrays = _example(record, drawn, transform, objects, change, stored, known)
         out.append(
             {**arrays, "image_id": np.int32(rows[row]), "image_valid": np.True_, "luck": luck}
         )

@@ -6,6 +6,8 @@ As in `loader`, a batch is a function of its number alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -33,6 +35,7 @@ from sam3jax.data.examples import (
     to_prompts,
     to_targets,
 )
+from sam3jax.data.features import FeatureStore, checksums
 from sam3jax.data.loader import TrainLoader
 from sam3jax.data.pictures import DataError
 from sam3jax.data.prompts import Question, Shapes
@@ -50,12 +53,14 @@ def make_clip_loader(
     config: Config,
     sampling: Sampling,
     *,
+    features: FeatureStore | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainLoader:
     """Shuffled, augmented batches of config.batch_size frames, this process's clips of them.
 
-    phrases: of the run; tokens [V, N], a row for each. Raises DataError.
+    phrases: of the run; tokens [V, N], a row for each. features: what the trunk makes of the frames, read in
+    their place; there are as many clips of a video as it holds views. Raises DataError.
     """
     if config.batch_size % sampling.frames:
         raise DataError(
@@ -74,6 +79,7 @@ def make_clip_loader(
         config=config,
         sampling=sampling,
         shapes=clip_shapes(dataset, config.data, sampling),
+        features=features,
         stride=clips,
         offset=process_index * local,
         local=local,
@@ -86,7 +92,42 @@ def make_clip_loader(
         for arrays in run_ahead(batch_of, start, ENDLESS, config.data.workers):
             yield clip_batch(arrays, tokens)
 
-    return TrainLoader(stream, config.batch_size, identity, len(dataset.videos) * sampling.frames)
+    pictures = None
+    if features is not None:
+        identity["views"] = features.views
+        pictures = lambda number: clip_batch(batch_of(number, pixels=True), tokens)
+    epoch = len(dataset.videos) * sampling.frames
+    return TrainLoader(stream, config.batch_size, identity, epoch, pictures)
+
+
+def clip_of(
+    dataset: VideoDataset, row: int, turn: int, config: Config, sampling: Sampling
+) -> tuple[Clip, Change | None]:
+    """The clip of a video that a turn of the data shows, and how its pixels change."""
+    place = (config.seed, turn, row)
+    clip = draw_clip(
+        dataset.videos[row], config.model.image_size, config.data, sampling,
+        np.random.default_rng((*place, 1)),
+    )  # fmt: skip
+    return clip, draw_change(np.random.default_rng((*place, 2)), config.data)
+
+
+def pixels_of(clip: Clip, change: Change | None) -> np.ndarray:
+    """[F, Y, X, 3] uint8."""
+    frames = zip(clip.frames, clip.transforms, strict=True)
+    return np.stack([transforms.move_picture(t, clip.video.frames[k], change) for k, t in frames])
+
+
+def clip_stamps(dataset: VideoDataset, views: int, config: Config, sampling: Sampling) -> list[int]:
+    """`checksums` of what the first `views` clips of each video follow from."""
+
+    def rows() -> Iterator[tuple[list[Path], str]]:
+        for row, video in enumerate(dataset.videos):
+            numbers = [clip_of(dataset, row, v, config, sampling)[0].frames for v in range(views)]
+            files = [f for k in sorted({*chain(*numbers)}) for f in video.frames.sources(k)]
+            yield list(dict.fromkeys(files)), f"{numbers} {video.width} {video.height}"
+
+    return checksums(rows())
 
 
 def clip_arrays(
@@ -100,21 +141,23 @@ def clip_arrays(
     masks: bool = True,
     void: bool = False,
     change: Change | None = None,
+    features: np.ndarray | None = None,
 ) -> Arrays:
     """The F rows of one clip. An object has the same row of `boxes` and `masks` in all frames.
 
     void: with the pixels of which nobody knows what they are.
 
     objects: the id of each object that `Question.targets` counts; number: of the clip in its batch. change: of
-    the pixels of all frames.
+    the pixels of all frames. features: [F, y, x, D] in the place of pixels.
     """
     asked = list(dict.fromkeys(k for q in questions for k in q.targets))[: shapes.instances]
     slots = {k: slot for slot, k in enumerate(asked)}
     kinds = {k: q.category_id for q in questions for k in q.targets}
+    images = pixels_of(clip, change) if features is None else features
     rows = []
     for step, (frame, transform) in enumerate(zip(clip.frames, clip.transforms, strict=True)):
         out = empty_row(shapes, transform) | {
-            "images": transforms.move_picture(transform, clip.video.frames[frame], change),
+            "images": images[step],
             "object_id": np.full(shapes.instances, NO_OBJECT, np.int32),
             "clip": np.int32(number),
             "frame": np.int32(frame),
@@ -174,18 +217,20 @@ def _clip_batch(
     config: Config,
     sampling: Sampling,
     shapes: Shapes,
+    features: FeatureStore | None,
     stride: int,
     offset: int,
     local: int,
     void: bool,
+    pixels: bool = False,
 ) -> Arrays:
+    """pixels: frames also where there are features."""
     clips = []
     for place in range(offset, offset + local):
         position = number * stride + place
         epoch, row = position // len(dataset.videos), int(order[position])
-        rng = np.random.default_rng((config.seed, epoch, row, 1))
-        size = config.model.image_size
-        clip = draw_clip(dataset.videos[row], size, config.data, sampling, rng)
+        view = epoch if features is None else epoch % features.views
+        clip, change = clip_of(dataset, row, view, config, sampling)
         questions, objects = questions_of_clip(
             clip, names, config.data, sampling,
             targets=shapes.targets, seed=config.seed, epoch=epoch, row=row,
@@ -194,7 +239,7 @@ def _clip_batch(
             clip_arrays(
                 clip, questions, objects, text_ids, shapes,
                 number=place, masks=config.loss.reads_masks, void=void,
-                change=draw_change(np.random.default_rng((config.seed, epoch, row, 2)), config.data),
+                change=change, features=None if features is None or pixels else features.read(row, view),
             )
         )  # fmt: skip
     return {key: np.concatenate([c[key] for c in clips]) for key in clips[0]}

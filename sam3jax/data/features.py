@@ -2,11 +2,11 @@
 
 A folder holds one kind of features, named by everything that they follow from but the pictures:
 
-    features.bin   [entries, y, x, D] in the compute dtype, mapped into memory
+    features.bin   [entries, y, x, D], of clips [entries, F, y, x, D], in the compute dtype, mapped into memory
     stamps.bin     [entries] a checksum of the picture's file; 0 where nothing is stored yet
     about.json     what the folder is of
 
-Entry `row * views + view` is view `view` of picture `row`. A stamp is written behind its features, so a
+Entry `row * views + view` is view `view` of picture or video `row`. A stamp is written behind its features, so a
 folder that was cut off is continued, and a picture whose file changes is computed anew.
 """
 
@@ -16,35 +16,43 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  makes numpy know bfloat16
 import numpy as np
 
-from sam3jax.data import volumes
 from sam3jax.data.ledger import DataError
 from sam3jax.data.records import Dataset
 from sam3jax.files import make_folder, write_text
 
 _FREE = 2e9  # bytes that are left on the disk
+_digest = partial(hashlib.blake2b, digest_size=16)
 
 
 @dataclass
 class FeatureStore:
-    """Features [y, x, D] of `views` views of each of `pictures` pictures; opened by `open`.
+    """Features [y, x, D] of `views` views of each of `pictures` pictures, or [F, y, x, D] of videos; opened by `open`.
 
     Before that, and where an entry is missing, zeros are read: their shape is all that a plan needs.
     """
 
     views: int
     pictures: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: str
     folder: Path | None = None
     _features: Any = None
+
+    @property
+    def line(self) -> str:
+        """What it holds, for people."""
+        rows, views = ("videos", "clips") if len(self.shape) == 4 else ("pictures", "views")
+        held = f"{self.pictures} {rows} x {self.views} {views}"
+        return f"trunk features {held}, {self.size / 1e9:.1f} GB on the disk"
 
     @property
     def size(self) -> int:
@@ -52,7 +60,7 @@ class FeatureStore:
         return self.views * self.pictures * math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def read(self, row: int, view: int) -> np.ndarray:
-        """[y, x, D] of a picture's view."""
+        """Features of a picture's view, of `shape`."""
         if self.folder is None:
             return np.zeros(self.shape, self.dtype)
         return np.array(self._mapped()[row * self.views + view])
@@ -82,7 +90,7 @@ class FeatureStore:
         return np.flatnonzero(self._stamps() != wanted).tolist()
 
     def write(self, entries: Sequence[int], features: np.ndarray, stamps: Sequence[int]) -> None:
-        """Store features [n, y, x, D] of n entries; stamps [n]: of their files."""
+        """Store features [n, ...] of n entries; stamps [n]: of their files."""
         known = self._stamps("r+")
         known[list(entries)] = 0
         mapped = self._mapped("r+")
@@ -106,26 +114,27 @@ class FeatureStore:
         return {**self.__dict__, "_features": None}  # each process maps the file itself
 
 
-def stamps_of(dataset: Dataset, slices: int) -> list[int]:
-    """A checksum of the file of each picture, never 0; with `slices`, of its neighbours too. Raises DataError."""
+def checksums(rows: Iterable[tuple[Iterable[Path], str]]) -> list[int]:
+    """One a row, never 0: of the content of its files, each read once, and of a text. Raises DataError."""
     known: dict[Path, bytes] = {}
 
     def digest(file: Path) -> bytes:
         if file not in known:
             try:
-                known[file] = hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
+                with file.open("rb") as content:
+                    known[file] = hashlib.file_digest(content, _digest).digest()
             except OSError as error:
-                raise DataError(f"picture {file} cannot be read: {error}") from error
+                raise DataError(f"{file} cannot be read: {error}") from error
         return known[file]
 
     found = []
-    for image in dataset.images:
-        file = Path(image.file)
-        several = slices > 1 and not volumes.is_volume(file)
-        files = volumes.neighbours(file) if several else [file]
-        whole = (
-            b"".join(map(digest, files)) + f"{image.frame} {image.width} {image.height}".encode()
-        )
+    for files, text in rows:
+        whole = b"".join(map(digest, files)) + text.encode()
         stamp = int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")
         found.append(stamp or 1)
     return found
+
+
+def stamps_of(dataset: Dataset) -> list[int]:
+    """`checksums` of what each picture follows from. Raises DataError."""
+    return checksums((i.sources, f"{i.frame} {i.width} {i.height}") for i in dataset.images)

@@ -35,6 +35,10 @@ class Frames(Protocol):
 
     def __getitem__(self, number: int) -> np.ndarray: ...
 
+    def sources(self, number: int) -> list[Path]:
+        """The files that a frame follows from."""
+        ...
+
 
 class FrameFiles(Sequence[np.ndarray]):
     """Pictures of one size in their order; the first one's header says which size.
@@ -63,6 +67,9 @@ class FrameFiles(Sequence[np.ndarray]):
             )
         return np.asarray(picture)
 
+    def sources(self, number: int) -> list[Path]:
+        return [self.files[number]]
+
 
 class Still(Sequence[np.ndarray]):
     """A picture of a data set as a video of one frame."""
@@ -79,6 +86,9 @@ class Still(Sequence[np.ndarray]):
         if number not in (0, -1):
             raise IndexError(number)
         return np.asarray(self._record.open())
+
+    def sources(self, number: int) -> list[Path]:
+        return self._record.sources
 
 
 class Film(Sequence[np.ndarray]):
@@ -138,6 +148,9 @@ class Film(Sequence[np.ndarray]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock, self._decoder, self._container = threading.Lock(), None, None
+
+    def sources(self, number: int) -> list[Path]:
+        return [self.path]
 
     def _read(self, number: int) -> np.ndarray:
         if self._decoder is None or not 0 <= number - self._next <= _SKIP:

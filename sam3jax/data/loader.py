@@ -165,11 +165,11 @@ def make_train_loader(
 
 def view_of(dataset: Dataset, row: int, view: int, config: Config) -> np.ndarray:
     """Pixels [Y, X, 3] uint8 of a picture as that turn of a training shows it."""
-    transform, change = _drawn(dataset.images[row], row, view, config)
+    transform, change = change_of(dataset.images[row], row, view, config)
     return transforms.move_picture(transform, dataset.images[row].open(), change)
 
 
-def _drawn(
+def change_of(
     record: ImageRecord, row: int, turn: int, config: Config
 ) -> tuple[transforms.Transform, Change | None]:
     """Where a picture goes in a turn of the data, and how its pixels change."""
@@ -257,7 +257,7 @@ class _TrainBatch:
             record, self._names, config.data, targets=self._shapes.targets, **place
         )
         view = turn if self._features is None else turn % self._features.views
-        transform, change = _drawn(record, row, view, config)
+        transform, change = change_of(record, row, view, config)
         masks = config.loss.reads_masks
         arrays = example(
             record, questions, transform, self._text_ids, self._shapes, masks=masks, change=change, pixels=pixels

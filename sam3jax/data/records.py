@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sam3jax.data import volumes
 from sam3jax.data.ledger import Ledger
 from sam3jax.data.pictures import DEFAULT, Reading, open_rgb
 from sam3jax.data.segmentations import Polygons, Rle, decode_segmentation
@@ -53,6 +54,12 @@ class ImageRecord:
     reading: Reading = DEFAULT
     orientation: int | None = None
     stored: tuple[int, int] | None = None
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files that its pixels follow from."""
+        several = self.reading.slices > 1 and not volumes.is_volume(self.file)
+        return list(volumes.neighbours(self.file)) if several else [self.file]
 
     def open(self) -> Image.Image:
         """The picture that the annotations refer to, mode RGB. Raises DataError."""

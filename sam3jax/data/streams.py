@@ -27,8 +27,8 @@ class Opaque:
     def __init__(self, function: Callable[..., Arrays], **arguments: Any) -> None:
         self._function, self._arguments = function, arguments
 
-    def __call__(self, number: int) -> Arrays:
-        return self._function(number, **self._arguments)
+    def __call__(self, number: int, **more: Any) -> Arrays:
+        return self._function(number, **self._arguments, **more)
 
     def __repr__(self) -> str:
         return self._function.__name__

@@ -44,6 +44,12 @@ class FrameRecord(ImageRecord):
     frames: Frames | None = None
     video: int = 0
 
+    @property
+    def sources(self) -> list[Path]:
+        """The files that the frame follows from."""
+        assert self.frames is not None
+        return self.frames.sources(self.frame)
+
     def open(self) -> Image.Image:
         """The frame, mode RGB. Raises DataError."""
         assert self.frames is not None

@@ -118,7 +118,7 @@ def _rounds(
 def _objects(batch: ClickBatch, found: Evaluated) -> list[dict[str, Any]]:
     """Records of the real objects of a batch."""
     valid = np.asarray(batch.valid & batch.image_valid[:, None])
-    edge = batch.images.shape[2]
+    edge = batch.edge
     ious, predicted, last = (np.asarray(x) for x in (found.iou, found.predicted, found.masks[-1]))
     records = []
     for i, k in zip(*map(np.ndarray.tolist, np.nonzero(valid)), strict=True):
@@ -138,7 +138,7 @@ def _objects(batch: ClickBatch, found: Evaluated) -> list[dict[str, Any]]:
 def _pictures(
     batch: ClickBatch, found: Evaluated, config: ClicksConfig, most: int
 ) -> list[ClickedPicture]:
-    edge, per = batch.images.shape[2], batch.valid.shape[1]
+    edge, per = batch.edge, batch.valid.shape[1]
     out = []
     for i in np.flatnonzero(batch.image_valid)[:most].tolist():
         k = np.flatnonzero(batch.valid[i])

@@ -62,7 +62,7 @@ class Answer(NamedTuple):
 def objects_of(batch: ClickBatch, key: jax.Array, size: tuple[int, int]) -> Objects:
     """Rows of a batch, targets on a grid of `size` (rows, columns); keys from `luck` and place."""
     i, k = batch.valid.shape
-    edge = batch.images.shape[2]
+    edge = batch.edge
     bits = jnp.asarray(batch.masks).reshape(i * k, *batch.masks.shape[2:])
     target = at_centres(jnp.unpackbits(bits, axis=-1, count=edge), size).astype(bool)
     # A row's luck follows its picture and place, not its device, micro-batch or place in the batch.
@@ -165,5 +165,5 @@ def _deepest_point(objects: Objects, batch: ClickBatch, grid: int, budget: int) 
     """The first click of every object, with room for `budget` clicks in all."""
     asked = no_prompt(objects, batch, grid, corrections=budget - 1)
     click = clicks.deepest_click(objects.target, jnp.zeros_like(objects.target))
-    place = clicks.pixels(click.place, objects.target.shape[1:], batch.images.shape[1])
+    place = clicks.pixels(click.place, objects.target.shape[1:], batch.edge)
     return with_click(asked, 0, place, click.label)

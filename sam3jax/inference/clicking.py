@@ -51,7 +51,7 @@ def encode_picture(model: Interactive, variables: Variables, image: jax.Array) -
 @partial(jax.jit, static_argnums=0)
 def from_trunk(model: Interactive, variables: Variables, trunk: jax.Array) -> ClickFeatures:
     """trunk [1, y, x, D]: what `Detector.encode_trunk` made of the picture."""
-    features: Any = model.apply(variables, trunk, method="features")
+    features: Any = model.apply(variables, trunk, method="from_trunk")
     return features
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sam3jax.data.features import FeatureStore
-from sam3jax.model import Sam3
+from sam3jax.model import Interactive, Sam3
 from sam3jax.types import AXIS
 from sam3jax.weights.tree import Tree
 
@@ -23,16 +23,16 @@ def fill(
     store: FeatureStore,
     stamps: list[int],
     picture: Callable[[int, int], np.ndarray],
-    model: Sam3,
+    model: Sam3 | Interactive,
     variables: Tree,
     mesh: Mesh,
     *,
     at_once: int,
     advance: Callable[[int, int], None],
 ) -> None:
-    """Compute every entry that is missing. picture(row, view) -> pixels [Y, X, 3] uint8.
+    """Compute every entry that is missing. picture(row, view) -> pixels [Y, X, 3] uint8, of a clip [F, Y, X, 3].
 
-    at_once: pictures of a device; the next ones are read while these are computed. advance: called with the batches done and all.
+    at_once: entries of a device; the next ones are read while these are computed. advance: called with the batches done and all.
     """
     missing, size = store.missing(stamps), at_once * mesh.size
     groups = [missing[k : k + size] for k in range(0, len(missing), size)]
@@ -55,9 +55,11 @@ def fill(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _encode(model: Sam3, mesh: Mesh, variables: Tree, images: jax.Array) -> jax.Array:
+def _encode(model: Sam3 | Interactive, mesh: Mesh, variables: Tree, images: jax.Array) -> jax.Array:
     def encode(variables: Tree, images: jax.Array) -> Any:
-        return model.apply(variables, images, method="encode_trunk")
+        each = images.reshape(-1, *images.shape[-3:])
+        found: Any = model.apply(variables, each, method="encode_trunk")
+        return found.reshape(*images.shape[:-3], *found.shape[1:])
 
     split = jax.shard_map(encode, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
     return split(variables, images)

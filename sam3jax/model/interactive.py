@@ -59,10 +59,14 @@ class Interactive(nn.Module):
 
     def encode_image(self, images: jax.Array) -> ClickFeatures:
         """images [I, Y, X, 3] uint8 (or float, already normalised) -> ClickFeatures, once per picture."""
-        return self.features(self.vit(normalised(images)))
+        return self.from_trunk(self.encode_trunk(images))
 
-    def features(self, trunk: jax.Array) -> ClickFeatures:
-        """The trunk's output [I, g, g, D] -> ClickFeatures."""
+    def encode_trunk(self, images: jax.Array) -> jax.Array:
+        """images as for `encode_image` -> the trunk's features [I, g, g, D]."""
+        return self.vit(normalised(images))
+
+    def from_trunk(self, trunk: jax.Array) -> ClickFeatures:
+        """Features [I, g, g, D] of `encode_trunk` -> ClickFeatures."""
         found = self.mask_decoder.project(self.tracker_neck(trunk))
         # A still picture has no memory: instead of attending to one, this vector is added.
         empty = self.no_mem_embed.reshape(-1).astype(found.coarse.dtype)

@@ -16,7 +16,7 @@ from sam3jax.model.positions import sine_grid
 from sam3jax.model.segmentation_head import SegmentationHead
 from sam3jax.model.text_encoder import TextEncoder
 from sam3jax.model.vit import ViT
-from sam3jax.types import Detections, ImageFeatures, Outputs, Prompts, TextFeatures
+from sam3jax.types import Array, Detections, ImageFeatures, Outputs, Prompts, TextFeatures
 
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 LOGIT_CLAMP = 12.0
@@ -27,6 +27,11 @@ def normalised(images: jax.Array) -> jax.Array:
     if images.dtype == jnp.uint8:
         return (images.astype(jnp.float32) / 255.0 - PIXEL_MEAN) / PIXEL_STD
     return images
+
+
+def reader_of(images: Array) -> str:
+    """The method that reads them: what the trunk made of pictures (`cache_trunk`) has more channels than three."""
+    return "encode_image" if images.shape[-1] == 3 else "from_trunk"
 
 
 class DotProductScoring(nn.Module):

@@ -20,6 +20,7 @@ from sam3jax.losses.interactive import RoundLosses, round_losses
 from sam3jax.losses.resample import resize_bilinear
 from sam3jax.model import Interactive
 from sam3jax.model.mask_decoder import MASKS
+from sam3jax.model.sam3 import reader_of
 from sam3jax.types import ClickBatch
 from sam3jax.weights.tree import Tree
 
@@ -33,7 +34,7 @@ def first_prompt(objects: Objects, batch: ClickBatch, grid: int, config: ClicksC
 
     A point, a box or a mask by the config's shares; points stored with an object take their place.
     """
-    size, shape = batch.images.shape[1], objects.target.shape[1:]
+    size, shape = batch.edge, objects.target.shape[1:]
     target, stored = objects.target, batch.labels.shape[2]
     asked = no_prompt(objects, batch, grid, corrections=corrections(config))
     stored_labels = batch.labels.reshape(len(target), stored)
@@ -86,7 +87,8 @@ def training_rounds(
     edge = model.config.image_size if config.mask_resolution == "target" else 4 * g
     objects = objects_of(batch, key, (edge, edge))
     rngs = lambda r: {} if dropout is None else {"dropout": jax.random.fold_in(dropout, r)}
-    features: Any = model.apply(variables, batch.images, method="encode_image", rngs=rngs(0))
+    method = reader_of(batch.images)
+    features: Any = model.apply(variables, batch.images, method=method, rngs=rngs(0))
 
     def one_round(asked: Asked, number: jax.Array, many: bool) -> tuple[Asked, RoundLosses]:
         answer = ask(model, variables, features, objects, asked, rngs(number + 1))
@@ -131,7 +133,7 @@ def _corrected(
     objects: Objects, asked: Asked, number: jax.Array, batch: ClickBatch, config: ClicksConfig
 ) -> Asked:
     """A click more on each object, in training; none in the row's round of the mask alone."""
-    shape, size = objects.target.shape[1:], batch.images.shape[1]
+    shape, size = objects.target.shape[1:], batch.edge
     predicted = resize_bilinear(jax.lax.stop_gradient(asked.mask), shape) > 0
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(_keys(objects, number))
     luck = jax.vmap(jax.random.uniform)(keys[:, 0])

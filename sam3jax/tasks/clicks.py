@@ -20,6 +20,7 @@ from sam3jax.data.click_loader import (
     with_objects,
 )
 from sam3jax.data.describe import describe
+from sam3jax.data.features import FeatureStore
 from sam3jax.data.loader import TrainLoader
 from sam3jax.data.records import Dataset
 from sam3jax.data.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ from sam3jax.evaluation.click_ask import click_on_dataset
 from sam3jax.evaluation.click_report import write_click_evaluation
 from sam3jax.evaluation.progress import Advance, untold
 from sam3jax.model import Interactive
+from sam3jax.tasks.cached_trunk import empty_store, fill_store, picture_views
 from sam3jax.tasks.click_training import training_rounds
 from sam3jax.tasks.validated import Ask, Validated
 from sam3jax.types import AXIS, ClickBatch
@@ -58,6 +60,8 @@ class Clicks:
         self.config = config
         self.model = Interactive(config.model, train=True, backend=backend)
         self.asked = Interactive(config.model, backend=backend)
+        self._features: FeatureStore | None = None
+        self._loader: TrainLoader | None = None
 
     def open(self, tokenizer: Tokenizer) -> ClicksData:
         train, valid = read_pictures(self.config)
@@ -71,12 +75,20 @@ class Clicks:
                 found = [len(clickable(record)) for record in dataset.images]
                 pictures = sum(map(bool, found))
                 yield f"clicks        {name}: {sum(found)} objects on {pictures} pictures"
+        if self._features is not None:
+            yield self._features.line
 
     def loader(self, data: ClicksData, **process: int) -> TrainLoader:
-        return make_click_loader(data.train, self.config, **process)
+        rows, processes = len(with_objects(data.train).images), process.get("process_count", 1)
+        self._features = empty_store(self.config, rows, processes)
+        self._loader = make_click_loader(
+            data.train, self.config, features=self._features, **process
+        )
+        return self._loader
 
     def draw(self, data: ClicksData, batch: ClickBatch) -> Image.Image:
         records = data.train.images
+        batch = batch if self._loader is None else self._loader.with_pictures(batch)
         return draw_click_batch(batch, lambda k: records[int(batch.image_id[k])].file.name)
 
     def prepare(self, trainable: Tree, frozen: Tree, data: ClicksData) -> tuple[None, Tree]:
@@ -85,7 +97,10 @@ class Clicks:
         return None, {**frozen, "params": {k: v for k, v in frozen["params"].items() if k in reads}}
 
     def keep(self, frozen: Tree, data: ClicksData, mesh: Mesh) -> None:
-        """Nothing."""
+        """Trunk features of the training pictures, where the run asks for them."""
+        if self._features is not None:
+            views = picture_views(with_objects(data.train), self.config)
+            fill_store(self._features, self.config, views, self.asked, frozen, mesh)
 
     def count(self, batch: ClickBatch) -> jax.Array:
         return (batch.valid & batch.image_valid[:, None]).sum().astype(jnp.float32)

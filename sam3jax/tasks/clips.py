@@ -29,6 +29,7 @@ from sam3jax.evaluation.progress import Advance, untold
 from sam3jax.evaluation.steadiness import steadiness_of
 from sam3jax.losses.detection import Shares, part_shares, weigh
 from sam3jax.losses.totals import Totals, count_totals
+from sam3jax.tasks.cached_trunk import clip_views, empty_store, fill_store
 from sam3jax.tasks.detection import Detection, DetectionData, asked, encode_asked, forward
 from sam3jax.tasks.validated import Ask, Validated
 from sam3jax.types import AXIS, ClipBatch, TextFeatures
@@ -72,15 +73,27 @@ class Clips(Detection):
             if dataset is not None:
                 yield from describe_videos(dataset)
         yield from data.notes
+        if self._features is not None:
+            yield self._features.line
 
     def loader(self, data: Any, **process: int) -> TrainLoader:
-        sampling = sampling_of(self.config)
-        return make_clip_loader(
-            data.train, data.phrases, data.tokens, self.config, sampling, **process
-        )
+        config, rows = self.config, len(data.train.videos)
+        processes = process.get("process_count", 1)
+        self._features = empty_store(config, rows, processes, frames=config.clips.frames)
+        self._loader = make_clip_loader(
+            data.train, data.phrases, data.tokens, config, sampling_of(config), features=self._features, **process
+        )  # fmt: skip
+        return self._loader
+
+    def keep(self, frozen: Tree, data: Any, mesh: Mesh) -> None:
+        """Trunk features of the clips, where the run asks for them."""
+        if self._features is not None:
+            views = clip_views(data.train, self.config, sampling_of(self.config))
+            fill_store(self._features, self.config, views, self.asked, frozen, mesh)
 
     def draw(self, data: Any, batch: Any) -> Image.Image:
         title = lambda k: f"clip {int(batch.clip[k])}, frame {int(batch.frame[k])} of its video"
+        batch = batch if self._loader is None else self._loader.with_pictures(batch)
         return draw_batch(batch, data.phrases, title)
 
     def count(self, batch: Any) -> Totals:

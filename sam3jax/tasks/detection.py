@@ -28,7 +28,8 @@ from sam3jax.inference.detector import Detector, encode_text
 from sam3jax.losses.detection import breakdown, loss_shares, with_f1
 from sam3jax.losses.totals import Totals, count_totals
 from sam3jax.model import Sam3
-from sam3jax.tasks.cached_trunk import empty_store, fill_store
+from sam3jax.model.sam3 import reader_of
+from sam3jax.tasks.cached_trunk import empty_store, fill_store, picture_views
 from sam3jax.tasks.validated import Ask, Validated
 from sam3jax.types import AXIS, Batch, Outputs, Prompts, TextFeatures
 from sam3jax.viewing.batches import draw_batch
@@ -81,10 +82,11 @@ class Detection:
         yield from describe(data.train, self.config.model.queries)
         yield balance(data.train, self.config.data, self.config.seed)
         if (store := self._features) is not None:
-            yield f"trunk features {store.pictures} pictures x {store.views} views, {store.size / 1e9:.1f} GB on the disk"
+            yield store.line
 
     def loader(self, data: DetectionData, **process: Any) -> TrainLoader:
-        self._features = empty_store(self.config, data.train, process.get("process_count", 1))
+        rows, processes = len(data.train.images), process.get("process_count", 1)
+        self._features = empty_store(self.config, rows, processes)
         self._loader = make_train_loader(
             data.train, data.phrases, data.tokens, self.config, valid=data.valid, features=self._features, **process
         )  # fmt: skip
@@ -93,7 +95,8 @@ class Detection:
     def keep(self, frozen: Tree, data: DetectionData, mesh: Mesh) -> None:
         """Trunk features of the training pictures, where the run asks for them."""
         if self._features is not None:
-            fill_store(self._features, self.config, data.train, self.asked, frozen, mesh)
+            views = picture_views(data.train, self.config)
+            fill_store(self._features, self.config, views, self.asked, frozen, mesh)
 
     def draw(self, data: DetectionData, batch: Batch) -> Image.Image:
         records = data.train.images
@@ -182,9 +185,7 @@ def forward(
     rngs, prompts = {"dropout": key}, batch.prompts
     if text is None:
         text, prompts = encode_asked(model, variables, batch, key)
-    # What has more than three channels is what the trunk made of a picture (`cache_trunk`).
-    method = "encode_image" if batch.images.shape[-1] == 3 else "from_trunk"
-    image: Any = model.apply(variables, batch.images, method=method, rngs=rngs)
+    image: Any = model.apply(variables, batch.images, method=reader_of(batch.images), rngs=rngs)
     found: Any = model.apply(variables, image, text, prompts, method="detect", rngs=rngs)
     return found
 
