@@ -102,6 +102,15 @@ def test_cvat_comes_back_as_it_went(folder, tmp_path):
     assert {name for _, name in found} == set(NAMES)
 
 
+def test_numbered_names_take_no_place_of_another_picture(folder):
+    given = coco(folder)
+    for image, name in zip(given["images"], ("a/one.png", "a/one_2.png", "b/one.png"), strict=True):
+        image["file_name"] = name
+    labels = export(given, "yolo", folder) / "labels"
+    lines = {f.stem: len(f.read_text().splitlines()) for f in labels.iterdir()}
+    assert lines == {"one": 2, "one_2": 0, "one_3": 1}
+
+
 def test_yolo_lines_are_classes_and_outlines(folder):
     written = export(coco(folder), "yolo", folder)
     assert sorted(p.name for p in (written / "labels").iterdir()) == ["one.txt", "one_2.txt", "two.txt"]  # fmt: skip

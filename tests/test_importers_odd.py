@@ -18,6 +18,7 @@ from sam3jax.data.datasets import read_datasets
 from sam3jax.data.transforms import unpack_mask
 from tests.coco_folders import picture
 from tests.test_importers import OTHER, H, W, voc_object
+from tests.video_folders import few_bits
 
 DOG, CAT = tuple(round(v) for v in OTHER), (10, 20, 40, 30)
 
@@ -259,6 +260,8 @@ MASKS = {
     "unknown": ({"images/a.png": None, "masks/a.png": values(v1=(0, 0), v255=(50, 50))}, [[("object", A)]], "beside other values mean unknown"),
     "white": ({"images/a.png": None, "masks/a.png": values(v255=(50, 50))}, [[("object", B)]], ""),
     "numbers": ({"images/a.png": None, "masks/a.png": values(v1=(0, 0), v2=(50, 50))}, [[("value 1", A), ("value 2", B)]], ""),
+    "two bits": ({"images/a.png": None, "masks/a.png": few_bits(values(v1=(0, 0), v3=(50, 50)), 2), "classes.txt": "0\ndog\n2\ncat"}, [[("dog", A), ("cat", B)]], ""),
+    "four bits": ({"images/a.png": None, "masks/a.png": few_bits(values(v1=(0, 0), v15=(50, 50)), 4)}, [[("value 1", A), ("value 15", B)]], ""),
     "grey in colour": ({"images/a.png": None, "masks/a.png": coloured(3), "classes.txt": "0\n1\n2\ncat"}, [[("cat", A)]], ""),
     "beside": ({"a.png": None, "a_mask.png": values(v255=(0, 0))}, [[("object", A)]], ""),
     "Roboflow": ({"train/a.png": None, "train/a_mask.png": values(v1=(0, 0), v2=(50, 50)), "train/_classes.csv": "Pixel Value, Class\n0, background\n1, red cup\n2, dog\n"}, [[("red cup", A), ("dog", B)]], ""),

@@ -44,6 +44,31 @@ def test_palette_values_are_objects_and_255_is_void(tmp_path):
     assert "2 objects" in describe_videos(data)[0]
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_masks_of_few_bits_keep_their_values(tmp_path, bits):
+    root, truth = made.write_palette(tmp_path), made.index_masks()
+    truth[truth == 255] = 3
+    for t, values in enumerate(truth):
+        (root / f"Annotations/walk/{t:05d}.png").write_bytes(made.few_bits(values, bits))
+    (video,) = read_videos(root).videos
+    found = masks_of(video, 2)
+    assert set(found) == {1, 2, 3}
+    assert video.labels[2].void is None
+    for i, mask in found.items():
+        np.testing.assert_array_equal(mask, truth[2] == i)
+
+
+def test_the_area_of_an_outline_is_that_of_its_pixels(tmp_path):
+    root = made.write_ytvis(tmp_path)
+    raw = json.loads((root / "instances.json").read_text())
+    triangle = [[2.0, 2.0, 22.0, 2.0, 2.0, 22.0]]
+    raw["annotations"][0]["segmentations"] = [triangle] * made.FRAMES
+    (root / "instances.json").write_text(json.dumps(raw))
+    (video,) = read_videos(root).videos
+    found = next(a for a in video.labels[0].annotations if a.category_id == 1)
+    assert found.area == decode_mask(found, video.height, video.width).sum() < 0.6 * 20 * 20
+
+
 def test_a_frame_without_a_mask_file_is_not_annotated_and_not_empty(tmp_path):
     (video,) = read_videos(made.write_palette(tmp_path, every=2)).videos
     assert video.annotated == (0, 2, 4)
@@ -299,6 +324,8 @@ def test_frames_sort_by_number(tmp_path):
     frames = open_frames(tmp_path)
     assert [int(frames[k][0, 0, 0]) for k in range(3)] == [1, 9, 10]
     assert (frames.width, frames.height) == (4, 3)
+    Image.new("L", (4, 3)).save(tmp_path / "1²3.png")  # a digit to some, no number
+    assert len(open_frames(tmp_path)) >= 4
 
 
 def test_frames_are_read_as_the_settings_say(tmp_path):
@@ -332,6 +359,39 @@ def test_a_film_gives_each_frame_in_any_order(film):
     assert value(-1) == 29
     with pytest.raises(IndexError):
         frames[30]
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec", "group"),
+    [("mpg", "mpeg1video", 6), ("mpg", "mpeg1video", 300), ("mpeg", "mpeg2video", 6), ("avi", "mpeg4", 6)],
+)  # fmt: skip
+def test_films_without_an_index_give_each_frame_in_any_order(tmp_path, ending, codec, group):
+    av = pytest.importorskip("av", reason="films need PyAV")
+    flat = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.full((1, 48, 64, 3), 4, np.uint8)
+    file = made.write_film(tmp_path / f"grey.{ending}", flat, 25, codec, group)
+    with av.open(str(file)) as container:
+        truth = [f.to_ndarray(format="rgb24").mean() for f in container.decode(video=0)]
+    frames = Film(file)
+    assert len(frames) == len(truth) == 60
+    for k in (59, 30, 42, 3, 25, 24, 23, 0):
+        assert frames[k].mean() == pytest.approx(truth[k], abs=0.5), k
+
+
+def test_a_film_cut_without_encoding_begins_where_players_begin(film, tmp_path):
+    av = pytest.importorskip("av", reason="films need PyAV")
+    cut = tmp_path / "cut.mp4"
+    with av.open(str(film)) as source, av.open(str(cut), "w") as target:
+        stream = source.streams.video[0]
+        copy, begin = target.add_stream_from_template(stream), round(2 / stream.time_base)
+        for packet in source.demux(stream):  # as `ffmpeg -ss 2 -c copy` does
+            if packet.dts is not None and packet.pts >= round(1.6 / stream.time_base):
+                packet.pts, packet.dts, packet.stream = packet.pts - begin, packet.dts - begin, copy
+                target.mux(packet)
+    with av.open(str(cut)) as container:
+        truth = [f.to_ndarray(format="rgb24").mean() for f in container.decode(video=0)]
+    frames = Film(cut)
+    assert len(frames) == len(truth) == 20
+    np.testing.assert_allclose([frames[k].mean() for k in range(20)], truth, atol=0.5)
 
 
 def test_a_damaged_film_gets_a_sentence(film, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -86,15 +88,31 @@ def write_ytvis(root: Path) -> Path:
     return root
 
 
-def write_film(path: Path, frames: np.ndarray, rate: int = 5) -> Path:
-    """An MP4 of [N, Y, X, 3] with a key frame every fourth frame. Needs PyAV."""
+def write_film(
+    path: Path, frames: np.ndarray, rate: int = 5, codec: str = "libx264", group: int = 4
+) -> Path:
+    """A film of [N, Y, X, 3] with a key frame every `group` frames. Needs PyAV."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"g": "4", "crf": "10"})
+        stream = container.add_stream(codec, rate=rate, options={"g": str(group), "crf": "10"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def few_bits(values: np.ndarray, bits: int) -> bytes:
+    """A grey PNG of 2 or 4 bits a pixel, which Pillow cannot write: header, packed rows, end."""
+    step = 8 // bits
+    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % step))).astype(np.uint8)
+    rows = np.zeros((len(values), padded.shape[1] // step), np.uint8)
+    for k in range(step):
+        rows |= padded[:, k::step] << (8 - bits * (k + 1))
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -79,12 +79,16 @@ def _names(coco: Coco) -> dict[Any, str]:
 
 def _unique(names: Sequence[str]) -> list[str]:
     """Names of files without their folders and endings; equal ones are numbered."""
-    taken: dict[str, int] = {}
+    taken: set[str] = set()
+    last: dict[str, int] = {}  # number that a stem was given
     out = []
     for name in names:
-        stem = PurePath(name).stem
-        number = taken[stem] = taken.get(stem, 0) + 1
-        out.append(stem if number == 1 else f"{stem}_{number}")
+        stem = free = PurePath(name).stem
+        while free.casefold() in taken:
+            last[stem] = last.get(stem, 1) + 1
+            free = f"{stem}_{last[stem]}"
+        taken.add(free.casefold())
+        out.append(free)
     return out
 
 

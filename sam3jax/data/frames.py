@@ -10,6 +10,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from sam3jax.data.records import ImageRecord
 
 FILMS = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
 _SKIP = 32  # frames decoded and dropped rather than sought
+_BACK = (0, 1, 4, 16, None)  # seconds in front of a key frame that are sought; None: the start
+_FROM_START = ("mpeg", "mpegvideo")  # their times are guesses behind a place that was sought
 _DEFAULT_RATE = 10.0  # frames per second of a folder of pictures
 
 
@@ -106,12 +109,19 @@ class Film(Sequence[np.ndarray]):
         try:
             with av.open(str(self.path)) as container:
                 stream = _stream(container, self.path)
+                self._sought = container.format.name not in _FROM_START
                 self.rate = float(stream.average_rate or _DEFAULT_RATE)
                 # Packets are counted, not decoded: what the header says of the number is often wrong.
-                times = [p.pts for p in container.demux(stream) if p.pts is not None and p.size]
+                # A film that was cut without encoding it again holds some that no player shows.
+                found = [
+                    (p.pts, p.is_keyframe, p.is_discard)
+                    for p in container.demux(stream)
+                    if p.pts is not None and p.size
+                ]
         except (av.FFmpegError, OSError) as error:
             raise _broken(self.path, error) from error
-        self._times = sorted(set(times))
+        self._times = sorted({time for time, _, hidden in found if not hidden})
+        self._keys = sorted({time for time, key, _ in found if key})
         if not self._times:
             raise DataError(f"film {self.path} holds no frame: encode it again, for example to mp4")
         first = self[0]
@@ -164,12 +174,35 @@ class Film(Sequence[np.ndarray]):
                 return _upright(frame)
 
     def _seek(self, number: int) -> None:
-        """Stand before the frame, at the key frame in front of it."""
-        if self._container is None:
-            self._container = _pyav(self.path).open(str(self.path))
+        """Stand before the frame, at the key frame in front of it or before that one.
+
+        Formats without an index land behind what is sought: then further back, at last from the start.
+        """
+        time = self._times[number]
+        key = self._keys[max(bisect_right(self._keys, time) - 1, 0)] if self._keys else time
+        key = max(key, self._times[0])  # what comes before is not shown
+        for seconds in _BACK if self._sought else (None,):
+            decoder = self._decode_from(None if seconds is None else (key, seconds))
+            first = next(decoder, None)
+            if first is not None and (first.pts <= key or seconds is None):
+                self._decoder = chain([first], decoder)
+                return
+        raise StopIteration
+
+    def _decode_from(self, place: tuple[int, int] | None) -> Iterator[Any]:
+        """Frames from so many seconds before a time on, or none where that cannot be sought; None: all."""
+        if place is None:
+            self.close()
+        av = _pyav(self.path)
+        self._container = self._container or av.open(str(self.path))
         stream = _stream(self._container, self.path)
-        self._container.seek(self._times[number], stream=stream, backward=True)
-        self._decoder = iter(self._container.decode(stream))
+        if place is not None:
+            time = place[0] - round(place[1] / (stream.time_base or 1))
+            try:
+                self._container.seek(time, stream=stream, backward=True)
+            except (av.FFmpegError, OSError):
+                return iter(())
+        return iter(self._container.decode(stream))
 
 
 def open_frames(path: str | Path, reading: Reading = DEFAULT) -> FrameFiles | Film:
@@ -201,7 +234,7 @@ def is_film(path: str | Path) -> bool:
 def by_number(file: Path) -> tuple:
     """Sorting key: frame_2 comes before frame_10."""
     parts = re.split(r"(\d+)", file.name)
-    return tuple((int(p), "") if p.isdigit() else (-1, p) for p in parts)
+    return tuple((int(p), "") if p.isdecimal() else (-1, p) for p in parts)
 
 
 def _pyav(path: Path) -> Any:

@@ -40,6 +40,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }  # to the upright picture
 _TAIL = 65536  # bytes behind a PNG's pixels in which EXIF is looked for
+_SPREAD = {"L;2": 85, "L;4": 17}  # raw mode -> what Pillow multiplies its values by
 _HEIC = (".heic", ".heif", ".hif")
 _CHUNK = 64  # pictures a thread checks at a time
 _SLOW = 1e-3  # seconds a picture from which threads check the rest
@@ -157,6 +158,17 @@ def read_header(file: Path, megapixels: float = MOST_MEGAPIXELS) -> Header:
         raise
     except BROKEN as error:
         raise _unreadable(file, error) from error
+
+
+def stored_values(image: Image.Image) -> np.ndarray:
+    """The values of a mask as its file has them, [Y, X] or [Y, X, C].
+
+    Pillow spreads grey of two and four bits over 0 to 255, so that value 1 would become 85 or 17.
+    """
+    raw = str(getattr(image, "tile", ())) if image.mode == "L" else ""  # gone once it is loaded
+    step = next((step for mode, step in _SPREAD.items() if mode in raw), 1)
+    values = np.asarray(image)
+    return values // step if step > 1 else values
 
 
 def is_black(image: Image.Image) -> bool:

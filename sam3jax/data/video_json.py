@@ -17,7 +17,7 @@ from sam3jax.data.judgements import judge_crowds
 from sam3jax.data.ledger import DataError, Ledger, shown
 from sam3jax.data.names import phrase_key, read_categories, visible
 from sam3jax.data.numbers import flag, number, whole
-from sam3jax.data.segmentations import Extent, Polygons, Rle, read_segmentation
+from sam3jax.data.segmentations import Extent, Polygons, Rle, read_segmentation, segmentation_area
 from sam3jax.data.videos import (
     NOT_ANNOTATED,
     FrameLabels,
@@ -262,7 +262,8 @@ def _one(
         return None
     if found is None:
         ledger.add("object with a box and no mask in a frame (its box still trains)", *where)
-    return Annotation(object_id, category, placed, found, crowd, placed[2] * placed[3])
+    area = segmentation_area(found, frames.height, frames.width, cut=True)
+    return Annotation(object_id, category, placed, found, crowd, area or placed[2] * placed[3])
 
 
 def _box_of(extent: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

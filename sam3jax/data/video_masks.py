@@ -20,7 +20,7 @@ from sam3jax.data.ids import Ids
 from sam3jax.data.ledger import Ledger, shown
 from sam3jax.data.names import phrase_key, visible
 from sam3jax.data.numbers import number, whole
-from sam3jax.data.pictures import BROKEN, DataError
+from sam3jax.data.pictures import BROKEN, DataError, stored_values
 from sam3jax.data.video_json import OBJECT
 from sam3jax.data.videos import (
     NOT_ANNOTATED,
@@ -90,7 +90,7 @@ def read_indices(file: Path, width: int, height: int) -> np.ndarray:
     """Object numbers [Y, X] of a mask file. Raises DataError."""
     try:
         with Image.open(file) as image:
-            image.load()
+            values = stored_values(image)
     except BROKEN as error:
         raise DataError(f"mask {file} cannot be read ({error}): replace the file") from error
     if image.size != (width, height):
@@ -103,7 +103,7 @@ def read_indices(file: Path, width: int, height: int) -> np.ndarray:
             f"mask {file} is in colour ({image.mode}), expected a palette or grey PNG whose values are "
             f"object numbers: save it without converting it to RGB"
         )
-    return np.asarray(image).astype(np.int64)
+    return values.astype(np.int64)
 
 
 def _palette(folder: Path, frames: FrameFiles, category: Category, ledger: Ledger) -> tuple:

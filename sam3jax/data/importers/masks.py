@@ -28,7 +28,7 @@ from sam3jax.data.importers.picture import (
     split_of,
 )
 from sam3jax.data.ledger import DataError, Ledger
-from sam3jax.data.pictures import BROKEN
+from sam3jax.data.pictures import BROKEN, stored_values
 
 _FOLDERS = frozenset(("masks", "mask", "annotations", "labels", "segmentationclass"))
 _OBJECTS = "segmentationobject"
@@ -155,7 +155,7 @@ def _values(file: Path, coloured: bool, named: bool, ledger: Ledger) -> np.ndarr
         with Image.open(file) as image:
             lossy = image.format == "JPEG"
             convert = image.getbands()[1:] or (coloured and image.mode == "P")
-            values = np.asarray(image.convert("RGB") if convert else image, np.int64)
+            values = stored_values(image.convert("RGB") if convert else image).astype(np.int64)
     except BROKEN as error:
         raise DataError(f"mask {file} cannot be read ({error}): export it again") from error
     plane = values if values.ndim == 2 else values[..., 0]
