@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.layouts import FLOATS, LAYOUTS
+from sam3jax.files import at_home
 
 DESCRIPTION = "Weights in, weights out, and what is in a file."
 
@@ -19,7 +20,7 @@ def parse(command: str, arguments: Sequence[str] | None, prog: str = "") -> argp
     process.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    return _parser(prog or f"python -m {command}").parse_args(words)
+    return _parser(prog or f"python -m {command}").parse_args([at_home(word) for word in words])
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

@@ -27,8 +27,14 @@ _SAVED = re.compile(r"^(.*)\.modules_to_save\.(\w+)\.(.*)$")
 _ORIGINAL = re.compile(r"\.original_module\.")
 _BASE = re.compile(r"\.base_layer\.(?=\w+$)")
 _PREFIXES = ("detector_model.", "detector.", "model.detector.")
-# What would make of A and B something else than W + scale * B A.
-_OTHERWISE = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "megatron_config": None}
+# Values with which A and B stand for W + scale * B A, W being the base as it was published. The ways to begin
+# that are not listed (pissa, olora, corda, loftq, lora_ga) change W itself, which is in no file of peft.
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,), "fan_in_fan_out": (False,), "bias": ("none",), "megatron_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    "use_qalora": (False,), "use_bdlora": (None, False), "alora_invocation_tokens": (None,),
+    "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,), "layer_replication": (None,),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +104,7 @@ def peft_config(*folders: Path) -> dict[str, Any]:
             f"in {folders[0]}, or give its folder with --adapter; or merge with peft's merge_and_unload()"
         )
     config = read_json(file)
-    wrong = [f"{k} {config[k]!r}" for k, usual in _OTHERWISE.items() if config.get(k, usual) != usual]  # fmt: skip
+    wrong = [f"{k} {config[k]!r:.80}" for k, usual in _USUAL.items() if config.get(k, usual[0]) not in usual]  # fmt: skip
     if config.get("peft_type", "LORA") != "LORA":
         wrong.append(f"peft_type {config['peft_type']!r}")
     alphas = [config.get("lora_alpha"), *_pattern(config, "alpha_pattern").values()]

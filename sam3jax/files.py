@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ from sam3jax.errors import DISK_FULL, UserError
 
 class FileError(UserError):
     """A file cannot be read or written; the message says what was found and what to do."""
+
+
+def at_home(word: str) -> str:
+    """`~/x` and `--option=~/x` with the home folder in it: a shell expands neither inside quotes, nor YAML."""
+    return re.sub(r"^(--[\w-]+=)?~(?=/)", lambda m: (m[1] or "") + os.path.expanduser("~"), word)
 
 
 def make_folder(path: str | Path) -> Path:

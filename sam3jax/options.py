@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from sam3jax.files import at_home
+
 Parser = argparse.ArgumentParser
 
 
@@ -21,7 +23,7 @@ def parse(command: str, arguments: Sequence[str] | None, prog: str = "") -> argp
     PARSERS[command](parser)
     # `--box -5,10,40,30` is a box that reaches over the edge, and no option.
     parser._negative_number_matcher = re.compile(r"-[\d.][\d.,e-]*$")
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [at_home(w) for w in (sys.argv[1:] if arguments is None else arguments)]
     if command in TAKE_SETTINGS:
         words = _settings_as_words(words, parser)
     for flag in (word.partition("=")[0] for word in words):

@@ -25,7 +25,6 @@ from pycocotools import mask as coco_mask
 
 from sam3jax.data.exporters import WRITTEN, export
 from sam3jax.data.folders import PICTURES, is_hidden, is_picture
-from sam3jax.data.names import phrase_key
 from sam3jax.data.pictures import DataError, Reading, open_rgb, read_header
 from sam3jax.data.prompts import VISUAL
 from sam3jax.errors import exit_status, plain, remark
@@ -36,6 +35,7 @@ from sam3jax.predict_clicks import overlay_name, predict_clicks, wants_clicks
 from sam3jax.predict_video import predict_videos, video_folders, wants_video
 from sam3jax.training.mesh import local_mesh
 from sam3jax.video.chunks import ChunkOptions
+from sam3jax.viewing.asking import phrase_list
 from sam3jax.viewing.predictor import Predictor, PromptError
 from sam3jax.viewing.results import PREDICTIONS, Record, check_results, clear_stale
 
@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    _refuse_repeats(options.phrase)
+    if options.phrase:
+        phrase_list(options.phrase)
     if options.model and options.base:
         raise PromptError(
             "--base is the model that a run started from: give --run, or leave --base out"
@@ -157,17 +158,6 @@ def _run_clicks(options: argparse.Namespace) -> int:
     output = make_folder(options.output)
     failed = predict_clicks(options, files, output)
     return _finish(options, len(files), failed, output)
-
-
-def _refuse_repeats(phrases: Sequence[str]) -> None:
-    """Raises PromptError where two phrases are one to the model: finds would be filed twice."""
-    seen: dict[str, str] = {}
-    for phrase in phrases:
-        before = seen.setdefault(phrase_key(phrase), phrase)
-        if before is not phrase or phrases.count(phrase) > 1:
-            raise PromptError(
-                f"--phrase {phrase!r} is the same to the model as --phrase {before!r}: give it once"
-            )
 
 
 def predict_files(

@@ -173,3 +173,76 @@ def test_a_picture_that_cannot_be_read_leaves_the_one_before(predictor, tmp_path
 def test_pictures_of_odd_sizes_answer_at_their_size(predictor, size):
     predictor.set_image(np.zeros(size, np.uint8))
     assert predictor.predict(points=[0, 0]).masks.shape == (1, 3, *size)
+
+
+@pytest.fixture
+def asked(predictor):
+    predictor.set_image(pixels())
+    return predictor
+
+
+def test_a_threshold_is_a_number_in_any_form(asked):
+    torch = pytest.importorskip("torch")
+    expected = len(asked.predict("red circle", threshold=0.25))
+    for same in (np.float32(0.25), np.array(0.25), torch.tensor(0.25)):
+        assert len(asked.predict("red circle", threshold=same)) == expected
+    for wrong in (np.nan, 1.5, "0.5", True, [0.5]):
+        with pytest.raises(PromptError, match="expected a score from 0 to 1"):
+            asked.predict("red circle", threshold=wrong)
+        with pytest.raises(PromptError, match="expected a score from 0 to 1"):
+            asked.of_videos(threshold=wrong)
+
+
+def test_pictures_are_drawn_on_and_tiled_and_iterated_in_any_form(asked, tmp_path):
+    found = asked.predict("red circle")
+    Image.fromarray(pixels()).save(tmp_path / "p.png")
+    drawn = [asked.draw({"x": found}, p) for p in (None, pixels(), tmp_path / "p.png")]
+    assert all(np.array_equal(drawn[0], d) for d in drawn)
+    assert [len(f) for f in asked.predict_tiled(pixels(), "red circle")] == [1]
+    asked.set_images(p for p in (pixels(), tmp_path / "p.png"))
+    assert len(asked.pictures) == 2
+
+
+def test_frames_are_pictures_in_any_form_of_one_size(predictor, tmp_path):
+    Image.fromarray(pixels()).save(tmp_path / "0.png")
+    grey = np.repeat(pixels()[..., :1], 3, axis=2)
+
+    def ask(frames, phrases=("red circle",)):
+        return [
+            (f.number, [(o.phrase, o.score) for o in f.objects])
+            for f in predictor.video(frames, phrases)
+        ]
+
+    expected = ask([pixels()] * 2)
+    assert all(len(objects) == 1 for _, objects in expected)
+    assert ask([tmp_path / "0.png"] * 2) == expected
+    assert ask([Image.fromarray(pixels())] * 2) == expected
+    assert ask(np.stack([pixels()] * 2)) == expected
+    assert ask([grey] * 2) == ask([grey[..., 0]] * 2)
+    assert ask([pixels()] * 2, "red circle") == expected  # not its letters
+    assert ask([]) == []
+    for frames, words in (
+        ([pixels(), pixels()[:50]], "frame 1 has 120 x 50 pixels, the first one 120 x 80"),
+        ([pixels() / 255.0] * 2, "frame 0: the picture is an array of float64"),
+        ((p for p in [pixels()]), "expected a film, a folder of pictures, or frames in a list"),
+        (7, "the frames are of type int"),
+    ):
+        with pytest.raises(DataError, match=words):
+            ask(frames)
+    for phrases, words in (
+        ((), "give at least one phrase"),
+        (("red circle", "Red  circle"), "is the same to the model as"),
+        (("red circle", 3), "one phrase at a time"),
+    ):
+        with pytest.raises(PromptError, match=words):
+            ask([pixels()], phrases)
+
+
+def test_what_clicks_drew_is_shown_or_refused_in_words(asked):
+    found = asked.predict(points=[[30, 40]])
+    one = asked.clicks.draw(found.masks[0, 0], [[30, 40]])
+    assert np.array_equal(one, asked.clicks.draw(found.masks[0, :1], [[30, 40]]))
+    with pytest.raises(PromptError, match="1 points but 2 labels"):
+        asked.clicks.draw(found.masks[0], [[30, 40]], [1, 0])
+    with pytest.raises(PromptError, match=r"expected \[B, 80, 120\] of this picture"):
+        asked.clicks.draw(found.masks, [[30, 40]])

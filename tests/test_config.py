@@ -5,6 +5,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
+import convert.options
 from sam3jax.config import (
     PRESETS,
     Config,
@@ -15,6 +16,7 @@ from sam3jax.config import (
     parse_config,
 )
 from sam3jax.config.settings import bare, bounds, marks, section_of, settings
+from sam3jax.options import parse
 
 ALL = {s.name: s.field for s in settings()}
 NUMBERS = {n: bare(f.annotation)[0] for n, f in ALL.items() if bare(f.annotation)[0] in (int, float)}  # fmt: skip
@@ -120,7 +122,8 @@ def test_choices_are_listed_and_the_nearest_is_named(name):
         "model.vit_heads=0", "model.patch_size=0", "model.window_size=0", "model.image_size=0",
         "model.pretrain_image_size=100", "lora=7", "model=tiny", "data=[]", "batch_size=", "optim.ema=1",
         "data.window=[1]", "data.window=[5, 1]", "data.window=[.nan, 1]", "data.window=[a, b]", "data.window=5",
-        "data.slices=2",
+        "data.slices=2", "data.negative_phrases=a cat, a dog", "trackers=tensorboard,wandb", "trackers=[wandbb]",
+        "output=a\nb", "init='a\0b'", "data.window=0,255",
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(word):
@@ -144,7 +147,8 @@ def test_settings_that_make_no_sense_are_refused_by_name(word):
         ("evaluation.nms=None", None), ("evaluation.nms=.5", 0.5), ("data.phrases={1: no}", {"1": "no"}),
         ("data.phrases.person=on", {"person": "on"}), ("data.negative_phrases=[2024, 1e5, off]", ("2024", "1e5", "off")),
         ("trainable=*", ("*",)), ("trainable=", ()), ("trainable=[]", ()), ("data.flip=off", False), ("resume=off", "false"),
-        ("data.negative_phrases=wet paint", ("wet paint",)), ("data.slices=3", 3),
+        ("data.negative_phrases=wet paint", ("wet paint",)), ("data.negative_phrases=['a, b']", ("a, b",)),
+        ("data.negative_phrases='a, b'", ("a, b",)), ("lora.targets=*.blocks.[0,1].*", ("*.blocks.[0,1].*",)), ("data.slices=3", 3),
         ("data.window=[-1e3, 400]", (-1000.0, 400.0)), ("data.window=null", None),
     ],
 )  # fmt: skip
@@ -241,3 +245,19 @@ def test_configurations_can_be_arguments_of_jitted_functions():
         assert hash(part) == hash(part.model_copy())
         with pytest.raises(ValueError, match="frozen"):
             setattr(part, next(iter(type(part).model_fields)), None)
+
+
+def test_the_home_folder_is_found_in_settings_and_options(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text(
+        "output: ~/runs/x\ninit: ~/sam3.pt\ndata: {train: ~/data, valid: a~/b}\n"
+    )
+    found = load_config("~/c.yaml")
+    assert (found.output, found.init) == (f"{tmp_path}/runs/x", f"{tmp_path}/sam3.pt")
+    assert (found.data.train, found.data.valid) == (f"{tmp_path}/data", "a~/b")
+    words = ["p.png", "--run=~/runs/x", "--output", "~/found", "--phrase", "a ~/b"]
+    options = parse("predict", words)
+    assert (options.run, options.output) == (f"{tmp_path}/runs/x", f"{tmp_path}/found")
+    assert options.phrase == ["a ~/b"]
+    asked = convert.options.parse("convert", ["inspect", "~/sam3.pt"])
+    assert asked.path == tmp_path / "sam3.pt"

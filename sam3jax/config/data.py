@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from sam3jax.config.section import BILLION, SEEDS, Section, Text
+from sam3jax.config.section import BILLION, SEEDS, Place, Section, Text
 
 STANDARD_AUGMENTATION: dict[str, Any] = dict(
     flip=True, crop=0.7, brightness=0.2, contrast=0.2, colour=0.2, grey=0.05, blur=1.0, noise=6.0
@@ -16,11 +16,11 @@ STANDARD_AUGMENTATION: dict[str, Any] = dict(
 class DataConfig(Section):
     """Where the pictures are and what is asked of them."""
 
-    train: Text | None = Field(
+    train: Place | None = Field(
         default=None,
         description="Folder with pictures and COCO JSON, or `shapes` or `xrays` for generated pictures.",
     )
-    valid: Text | None = Field(
+    valid: Place | None = Field(
         default=None,
         description="The same for validation. null: the folder's own valid split, if it has one.",
     )

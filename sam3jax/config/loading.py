@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from sam3jax.config.settings import bare, expected, section_of, words_beside
 
 _NOTHING = ("", "~", "null", "Null", "NULL")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_COMMA = re.compile(r",(?![^\[]*\])")  # `blocks.[0,1].*` is one pattern
 S = TypeVar("S", bound=Section)
 
 
@@ -202,6 +204,8 @@ def _typed(value: Any, annotation: Any) -> Any:
     if not isinstance(value, str):
         return value
     if get_origin(kind) is tuple:
+        if isinstance(value, _Plain) and _COMMA.search(value):
+            return str(value)  # several, or one with a comma in it: not guessed
         return [str(value)] if ... in get_args(kind) else str(value)
     if get_origin(kind) is Literal:
         return next((choice for choice in get_args(kind) if str(choice) == value), str(value))
@@ -258,11 +262,16 @@ def _explain(error: Mapping[str, Any], section: type[Section]) -> str:
         # About several keys, which it names.
         return f"config key {name}: {message}" if path else message
     if error["type"] != "value_error":
-        field = field_at(path, section)
+        field, kind = field_at(path, section), None
         if field is None and len(path) > 1:  # an element of a list or a mapping
             field = field_at(path[:-1], section)
+            kind = get_args(bare(field.annotation)[0])[0] if field else None
         message = f"expected {expected(field) if field else 'text'}"
-        if field and get_origin(kind := bare(field.annotation)[0]) is Literal:
+        if field and kind is None:
+            kind = bare(field.annotation)[0]
+            if isinstance(error["input"], str) and get_args(kind)[1:] == (...,):
+                message += ", such as [a, b], or ['a, b'] for one that holds a comma"
+        if get_origin(kind) is Literal:
             close = difflib.get_close_matches(str(error["input"]), map(str, get_args(kind)), n=1)
             message += f"; did you mean {close[0]}?" if close else ""
     return f"config key {name}: {message} (found {reprlib.repr(error['input'])})"

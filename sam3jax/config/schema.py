@@ -16,7 +16,7 @@ from sam3jax.config.data import DataConfig
 from sam3jax.config.learning import EvalConfig, OptimConfig
 from sam3jax.config.loss import LossConfig
 from sam3jax.config.model import DESTINATIONS, LoraConfig, ModelConfig, SizesFollow
-from sam3jax.config.section import BILLION, SEEDS, Section, Text
+from sam3jax.config.section import BILLION, SEEDS, Place, Section, Text
 
 # What a task sets where the user does not.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ class Config(Section):
     evaluation: EvalConfig = Field(
         default=EvalConfig(), description="How predictions are made and counted."
     )
-    init: Text | None = Field(
+    init: Place | None = Field(
         default=None,
         description="What to start from: a checkpoint (.pt, .safetensors, a folder of transformers or peft), a hub id such "
         "as facebook/sam3, each converted once into a cache; a model folder (made by `sam3jax convert`), a run folder, or "
@@ -73,7 +73,7 @@ class Config(Section):
         "(model.geometry_without_boxes and model.clamp_presence), so that answers stay the same there. null: as "
         "where the weights came from.",
     )
-    output: Text = Field(default="runs/run", description="Folder of the run.")
+    output: Place = Field(default="runs/run", description="Folder of the run.")
     train: Literal["lora", "all"] = Field(
         default="lora",
         description="lora trains the adapters and what `trainable` names; all trains every parameter.",

@@ -7,6 +7,7 @@ from typing import Annotated, dataclass_transform
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sam3jax.errors import UserError
+from sam3jax.files import at_home
 
 BILLION = 10**9  # more than any count of steps, pictures or pixels that a run could reach
 SEEDS = 2**32 - 1  # what numpy, jax and grain all accept
@@ -39,4 +40,11 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _a_place(text: str) -> str:
+    if any(ord(letter) < 32 for letter in text):
+        raise ValueError("expected a path without line breaks or control characters")
+    return at_home(text)
+
+
 Text = Annotated[str, AfterValidator(_not_blank)]
+Place = Annotated[Text, AfterValidator(_a_place)]  # of a file or folder; `~/` is the home folder

@@ -65,6 +65,8 @@ def expected(field: FieldInfo) -> str:
     elif get_origin(kind) is tuple:
         count = 0 if ... in get_args(kind) else len(get_args(kind))
         words = f"a list of {count} numbers" if count else "a list of texts"
+        if get_origin(get_args(kind)[0]) is Literal:
+            words = f"a list of {' or '.join(get_args(get_args(kind)[0]))}"
     elif get_origin(kind) is dict:
         words = "a mapping of text to text"
     elif section_of(kind):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sam3jax.data.depth import to_bytes
+from sam3jax.data.names import phrase_key
 from sam3jax.data.pictures import DEFAULT, DataError, Reading, open_rgb
 from sam3jax.errors import UserError
 from sam3jax.types import Prompts
@@ -32,6 +33,7 @@ def as_rgb(picture: Picture, reading: Reading = DEFAULT) -> Image.Image:
     if isinstance(picture, str | Path):
         if "://" in str(picture):
             raise DataError(f"{picture} is a web address: download the picture and give its file")
+        picture = Path(picture).expanduser()
         if Path(picture).is_dir():
             raise DataError(f"{picture} is a folder: give one picture of it at a time")
         return open_rgb(picture, reading=reading)
@@ -80,6 +82,64 @@ def _of_array(pixels: np.ndarray) -> Image.Image:
             f"the picture is an array of {pixels.dtype}, expected uint8 values 0..255, or uint16 where it is grey"
         )
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+class Frames(Sequence[np.ndarray]):
+    """Frames in memory, each in any form that a picture has, as [Y, X, 3] uint8 of one size.
+
+    Raises DataError: here where they are no list, and at a frame that is no picture or of another size.
+    """
+
+    def __init__(self, frames: Any, reading: Reading = DEFAULT) -> None:
+        if not (hasattr(frames, "__len__") and hasattr(frames, "__getitem__")):
+            raise DataError(
+                f"the frames are of type {type(frames).__name__}: expected a film, a folder of pictures, or frames in "
+                "a list or an array"
+            )
+        self._frames, self._reading = frames, reading
+        self._shape = self[0].shape if len(frames) else None
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, number: Any) -> Any:
+        try:
+            frame = np.asarray(as_rgb(self._frames[number], self._reading))
+        except DataError as error:
+            raise DataError(f"frame {number}: {error}") from error
+        first = getattr(self, "_shape", None) or frame.shape
+        if frame.shape != first:
+            raise DataError(
+                f"frame {number} has {frame.shape[1]} x {frame.shape[0]} pixels, the first one {first[1]} x "
+                f"{first[0]}: frames of a video are of one size"
+            )
+        return frame
+
+
+def phrase_list(phrases: Sequence[str] | str) -> list[str]:
+    """Phrases as a list; one may be given without a list around it.
+
+    Raises PromptError for none, and for two that are one to the model: finds would be filed twice.
+    """
+    words = [phrases] if isinstance(phrases, str) else list(phrases)
+    if not words:
+        raise PromptError("nothing to look for: give at least one phrase")
+    seen: dict[str, str] = {}
+    for word in filter(lambda word: isinstance(word, str), words):
+        if (key := phrase_key(word)) in seen:
+            raise PromptError(
+                f"phrase {word!r} is the same to the model as phrase {seen[key]!r}: give it once"
+            )
+        seen[key] = word
+    return words
+
+
+def score(threshold: Any) -> float:
+    """A threshold in any form that a number has. Raises PromptError."""
+    found = numbers(threshold)
+    if found is None or found.ndim or not 0 <= found <= 1:
+        raise PromptError(f"threshold {shown(threshold)}: expected a score from 0 to 1")
+    return float(found)
 
 
 def exemplars(

@@ -119,10 +119,21 @@ class ClickPredictor:
     def draw(
         self, masks: np.ndarray, points: Sequence[Any] = (), labels: Sequence[Any] | None = None
     ) -> Image.Image:
-        """The picture with masks [B, Y, X], clicks inside in green and outside in red."""
+        """The picture with masks [B, Y, X] (or one, [Y, X]), clicks inside in green and outside in red."""
         if self.picture is None:
             raise PromptError("no picture yet: call set_image first")
+        masks, (width, height) = np.asarray(masks), self.picture.size
+        masks = masks[None] if masks.ndim == 2 else masks
+        if len(masks) and masks.shape[1:] != (height, width):
+            raise PromptError(
+                f"masks have the shape {list(masks.shape)}: expected [B, {height}, {width}] of this picture, such as "
+                "found.masks[0]"
+            )
         kinds = [1] * len(points) if labels is None else labels
+        if len(kinds) != len(points):
+            raise PromptError(
+                f"{len(points)} points but {len(kinds)} labels: give one for each point"
+            )
         clicks = tuple(
             (float(x), float(y), bool(k)) for (x, y), k in zip(points, kinds, strict=True)
         )

@@ -9,7 +9,7 @@ found = predictor.predict(points=[[120, 80]])    # Answers: one object, three ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,7 +21,7 @@ from PIL import Image
 from sam3jax.config import EvalConfig
 from sam3jax.data import transforms
 from sam3jax.data.datasets import reading_of
-from sam3jax.data.frames import open_frames
+from sam3jax.data.frames import Film, FrameFiles, open_frames
 from sam3jax.data.ledger import DataError
 from sam3jax.data.pictures import DEFAULT, Reading
 from sam3jax.data.prompts import VISUAL
@@ -36,13 +36,15 @@ from sam3jax.video.chunks import ChunkOptions
 from sam3jax.video.objects import VideoFrame
 from sam3jax.video.predictor import VideoPredictor
 from sam3jax.viewing.asking import (
+    Frames,
     Picture,
     PixelBox,
     PromptError,
     as_rgb,
     box_list,
     exemplars,
-    numbers,
+    phrase_list,
+    score,
     shown,
 )
 from sam3jax.viewing.click_heads import PARTS, has_heads, heads_below
@@ -125,10 +127,13 @@ class Predictor:
         """A file, a PIL picture, or an array [Y, X, 3] or [Y, X] of uint8. Raises DataError."""
         self.set_images([picture])
 
-    def set_images(self, pictures: Sequence[Picture]) -> None:
+    def set_images(self, pictures: Iterable[Picture]) -> None:
         """Several pictures of any sizes, for `predict_all`. Raises DataError."""
         is_one = isinstance(pictures, np.ndarray) and pictures.ndim < 4
-        if is_one or isinstance(pictures, str | Path | Image.Image) or not len(pictures):
+        is_list = isinstance(pictures, Iterable) and not isinstance(
+            pictures, str | Path | Image.Image
+        )
+        if is_one or not is_list or not len(pictures := list(pictures)):
             raise DataError(
                 "set_images takes a list of pictures, at least one; set_image takes one"
             )
@@ -217,9 +222,7 @@ class Predictor:
             raise PromptError("no picture yet: call set_image first")
         boxes, negative_boxes = box_list(boxes), box_list(negative_boxes)
         if threshold is not None:
-            score = numbers(threshold)
-            if score is None or score.ndim or not 0 <= score <= 1:
-                raise PromptError(f"threshold {shown(threshold)}: expected a score from 0 to 1")
+            threshold = score(threshold)
         if phrase is None and not boxes:
             raise PromptError(
                 "nothing to look for: give a phrase, a box around an example, or points on an object"
@@ -250,12 +253,13 @@ class Predictor:
         return self._size
 
     def predict_tiled(
-        self, picture: Image.Image, phrases: Sequence[str], threshold: float | None = None
+        self, picture: Picture, phrases: Sequence[str], threshold: float | None = None
     ) -> list[Detections]:
         """All instances of each phrase in a large picture, looked at whole and in overlapping tiles.
 
         Tiles have the model's size, so that nothing in them is squashed.
         """
+        picture, phrases = as_rgb(picture, self.reading), phrase_list(phrases)
         width, height = picture.size
         tiles = [Tile(0, 0, width, height), *tiles_of(width, height, self._size)]
         parts: list[list[tuple[Detections, Tile]]] = [[] for _ in phrases]
@@ -272,13 +276,16 @@ class Predictor:
     ) -> Iterator[VideoFrame]:
         """The objects of each frame of a video, with identities: plain tracking by detection.
 
-        frames: a film, a folder of pictures, or arrays [Y, X, 3] uint8 with a length. From the last
-        frame to the first with `reverse`. Raises DataError and PromptError.
+        frames: a film, a folder of pictures, or a list or an array of pictures as `set_image` takes
+        them, of one size. From the last frame to the first with `reverse`. Raises DataError and PromptError.
         """
+        phrases = phrase_list(phrases)
         for phrase in phrases:
             self.check_phrase(phrase)
         if isinstance(frames, str | Path):
             frames = open_frames(frames, self.reading)
+        elif not isinstance(frames, FrameFiles | Film):
+            frames = Frames(frames, self.reading)
         return self.of_videos().objects(frames, phrases, reverse)
 
     def of_videos(
@@ -290,15 +297,13 @@ class Predictor:
         """
         thresholds, config = self.thresholds, self.config
         if threshold is not None:
-            thresholds, config = {}, config.model_copy(update={"threshold": threshold})
+            thresholds, config = {}, config.model_copy(update={"threshold": score(threshold)})
         ask = self._detector
         return VideoPredictor(
             ask.model, self._variables, self._tokenizer, config, thresholds, options=options or ChunkOptions()
         )  # fmt: skip
 
-    def draw(
-        self, found: Mapping[str, Detections], picture: Image.Image | None = None
-    ) -> Image.Image:
+    def draw(self, found: Mapping[str, Detections], picture: Picture | None = None) -> Image.Image:
         """A picture, by default the first one set, with detections by phrase drawn over it."""
         instances = [
             Instance(phrase, tuple(box), rle, float(score))
@@ -307,10 +312,10 @@ class Predictor:
                 detections.scores, detections.boxes_xyxy.tolist(), detections.masks, strict=True
             )
         ]
-        picture = picture or self.picture
-        if picture is None:
+        below = self.picture if picture is None else as_rgb(picture, self.reading)
+        if below is None:
             raise PromptError("no picture yet: call set_image first")
-        return overlay(picture, sorted(instances, key=lambda i: -(i.score or 0.0)))
+        return overlay(below, sorted(instances, key=lambda i: -(i.score or 0.0)))
 
     def check_phrase(self, phrase: str) -> None:
         """Raise PromptError for a phrase that the model cannot read whole."""

@@ -82,8 +82,9 @@ class Run:
 
 def open_run_base(path: str | Path) -> Base:
     """Sizes and vocabulary of a run, nothing big read. Raises ConfigError where the folder is no run."""
-    file = Path(path) / CONFIG
-    if is_model_folder(path) or Path(path).is_file():
+    path = Path(path).expanduser()
+    file = path / CONFIG
+    if is_model_folder(path) or path.is_file():
         raise ConfigError(
             f"{path} holds weights, it is no run folder: predict takes it as --model, training as init="
         )
@@ -91,7 +92,7 @@ def open_run_base(path: str | Path) -> Base:
         raise ConfigError(
             f"{path} is no run folder: expected {CONFIG}, written by python -m sam3jax.train"
         )
-    refuse_old(Path(path))  # a run of version 0.1 is refused for what it is, not for its settings
+    refuse_old(path)  # a run of version 0.1 is refused for what it is, not for its settings
     return open_base(_read_config(file))
 
 
@@ -108,7 +109,7 @@ def read_run(path: str | Path, *, step: int | None = None) -> Run:
 
     Raises ConfigError where the folder is no run, has no checkpoint, or its base is gone.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     base = open_run_base(path)
     config = base.config
     checkpoints = Checkpoints(path)

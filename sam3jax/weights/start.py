@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from sam3jax.errors import remark
-from sam3jax.files import FileError
+from sam3jax.files import FileError, at_home
 from sam3jax.weights.model_folder import SHIPPED, ModelFolder, is_model_folder, open_model_folder
 
 _OWNER_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -42,6 +42,7 @@ def model_folder(init: str | Path) -> str | Path:
     The one place that reaches the package `convert`, by its name and only for such weights: nothing in
     sam3jax imports it, and training from a model folder does not need it.
     """
+    init = at_home(str(init))
     if is_model_folder(init) or str(init).startswith(SHIPPED):
         return init
     if not (Path(init).exists() or is_hub_id(init)):
