@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sam3jax.data.features import FeatureStore
-from sam3jax.model import Interactive, Sam3
+from sam3jax.model import Sam3
 from sam3jax.types import AXIS
 from sam3jax.weights.tree import Tree
 
@@ -23,7 +23,7 @@ def fill(
     store: FeatureStore,
     stamps: list[int],
     picture: Callable[[int, int], np.ndarray],
-    model: Sam3 | Interactive,
+    model: Sam3,
     variables: Tree,
     mesh: Mesh,
     *,
@@ -55,7 +55,7 @@ def fill(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _encode(model: Sam3 | Interactive, mesh: Mesh, variables: Tree, images: jax.Array) -> jax.Array:
+def _encode(model: Sam3, mesh: Mesh, variables: Tree, images: jax.Array) -> jax.Array:
     def encode(variables: Tree, images: jax.Array) -> Any:
         each = images.reshape(-1, *images.shape[-3:])
         found: Any = model.apply(variables, each, method="encode_trunk")

@@ -59,14 +59,10 @@ class Interactive(nn.Module):
 
     def encode_image(self, images: jax.Array) -> ClickFeatures:
         """images [I, Y, X, 3] uint8 (or float, already normalised) -> ClickFeatures, once per picture."""
-        return self.from_trunk(self.encode_trunk(images))
-
-    def encode_trunk(self, images: jax.Array) -> jax.Array:
-        """images as for `encode_image` -> the trunk's features [I, g, g, D]."""
-        return self.vit(normalised(images))
+        return self.from_trunk(self.vit(normalised(images)))
 
     def from_trunk(self, trunk: jax.Array) -> ClickFeatures:
-        """Features [I, g, g, D] of `encode_trunk` -> ClickFeatures."""
+        """Features [I, g, g, D] of `Sam3.encode_trunk` -> ClickFeatures."""
         found = self.mask_decoder.project(self.tracker_neck(trunk))
         # A still picture has no memory: instead of attending to one, this vector is added.
         empty = self.no_mem_embed.reshape(-1).astype(found.coarse.dtype)

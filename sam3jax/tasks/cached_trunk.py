@@ -19,7 +19,7 @@ from sam3jax.data.shapes import cache_folder
 from sam3jax.data.videos import VideoDataset
 from sam3jax.evaluation.progress import progress
 from sam3jax.inference.trunk_features import checksum, fill
-from sam3jax.model import Interactive, Sam3
+from sam3jax.model import Sam3
 from sam3jax.weights.trainable import adapted_entries, trained_entries
 from sam3jax.weights.tree import Tree
 
@@ -93,7 +93,7 @@ def fill_store(
     store: FeatureStore,
     config: Config,
     views: Views,
-    model: Sam3 | Interactive,
+    model: Sam3,
     frozen: Tree,
     mesh: Mesh,
 ) -> None:

@@ -28,7 +28,7 @@ from sam3jax.data.video_sets import read_pictures
 from sam3jax.evaluation.click_ask import click_on_dataset
 from sam3jax.evaluation.click_report import write_click_evaluation
 from sam3jax.evaluation.progress import Advance, untold
-from sam3jax.model import Interactive
+from sam3jax.model import Interactive, Sam3
 from sam3jax.tasks.cached_trunk import empty_store, fill_store, picture_views
 from sam3jax.tasks.click_training import training_rounds
 from sam3jax.tasks.validated import Ask, Validated
@@ -100,7 +100,8 @@ class Clicks:
         """Trunk features of the training pictures, where the run asks for them."""
         if self._features is not None:
             views = picture_views(with_objects(data.train), self.config)
-            fill_store(self._features, self.config, views, self.asked, frozen, mesh)
+            trunk = Sam3(self.config.model, backend=self.asked.backend)
+            fill_store(self._features, self.config, views, trunk, frozen, mesh)
 
     def count(self, batch: ClickBatch) -> jax.Array:
         return (batch.valid & batch.image_valid[:, None]).sum().astype(jnp.float32)
