@@ -91,6 +91,13 @@ def test_boxes_that_contradict_their_masks_are_an_error(tmp_path):
         read_dataset(write(tmp_path / "d", items))
 
 
+def test_a_mask_that_fills_the_picture_makes_no_box_a_share(tmp_path):
+    whole = [[0, 0, W, 0, W, H, 0, H]]
+    items = [annotation(k, k, 1, (10, 10, 30, 30), segmentation=whole) for k in range(3)]
+    with pytest.raises(DataError, match="belongs to another picture size or another object"):
+        read_dataset(write(tmp_path / "d", items))
+
+
 def test_loose_boxes_and_boxes_over_the_edge_are_no_wrong_export(tmp_path):
     loose = items_of(lambda x, y, w, h: [x - 2, y - 1, w + 4, h + 2])
     read_dataset(write(tmp_path / "a", loose))

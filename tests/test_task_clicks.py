@@ -22,7 +22,7 @@ from sam3jax.weights.scope import CLICKS
 from sam3jax.weights.trainable import start
 from sam3jax.weights.tree import flatten
 from tests.batches import SMALL_MODEL
-from tests.coco_folders import write_small_shapes
+from tests.coco_folders import annotation, write, write_small_shapes
 from tests.trainings import Killed, before_step, kill, losses, words
 
 MODEL = {**SMALL_MODEL, "mask_decoder_ffn": 32, "mask_decoder_iou_hidden": 16}
@@ -187,6 +187,16 @@ def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monk
         if name == "evaluation.json":
             before, after = before["metrics"], after["metrics"]
         assert before == after
+
+
+def test_objects_smaller_than_a_pixel_of_the_model_are_said(data, tmp_path, capsys):
+    """The picture is seen at a fraction of its size, and nothing of its objects is left."""
+    folder = tmp_path / "valid"
+    items = [annotation(k, 0, 1, (30 * k + 2, 40, 1, 1)) for k in range(3)]
+    write(folder / "valid", items, images=1, size=(2000, 1500))
+    run = tmp_path / "run"
+    assert train.main(arguments(data, run, **{"data.valid": folder})) == 2
+    assert "each is smaller than a pixel of the model" in capsys.readouterr().err
 
 
 def test_features_read_back_train_as_pictures_do(data, undisturbed, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sam3jax.config import ClicksConfig
+from sam3jax.data.ledger import DataError
 from sam3jax.data.loader import EvalLoader
 from sam3jax.evaluation.click_metrics import ClickScores, boundary_f
 from sam3jax.evaluation.processes import of_all_processes
@@ -64,7 +65,7 @@ def click_on_dataset(
     """Evaluate every object of the loader's batches, whose pictures divide among the mesh's devices.
 
     variables: on the devices of the mesh. batches: no more than these. panels: pictures kept to be drawn.
-    advance: told per batch.
+    advance: told per batch. Raises DataError where no object is as large as a pixel of the model.
     """
     objects: list[dict[str, Any]] = []
     pictures: list[ClickedPicture] = []
@@ -90,6 +91,12 @@ def click_on_dataset(
     if waiting is not None:
         read(*waiting)
     objects = [record for part in of_all_processes(objects) for record in part]
+    if not objects:
+        raise DataError(
+            "no object of the validation pictures is left to click on: each is smaller than a pixel of the model, "
+            f"which sees pictures at {model.config.image_size} x {model.config.image_size}; validate on larger objects, "
+            "or cut the pictures into parts"
+        )
     scores = ClickScores()
     for record in objects:
         scores.add(
