@@ -65,6 +65,10 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _evaluate_phrases(run: Run, options: argparse.Namespace) -> None:
+    if options.clicks is not None:
+        raise DataError(
+            f"--clicks is for runs of clicks, and {run.path} is one of phrases: leave it out"
+        )
     named = VIDEOS.get(run.config.task)
     videos = None if named is None else named(run.config, options.data, options.split)
     if videos is None:

@@ -24,6 +24,7 @@ from sam3jax.files import FileError, make_folder
 from sam3jax.inference.exported import write_programs
 from sam3jax.model import Sam3
 from sam3jax.options import parse
+from sam3jax.viewing.asking import check_phrase, phrase_list
 from sam3jax.weights.model_folder import load_model_folder
 from sam3jax.weights.run_folder import read_run
 
@@ -81,6 +82,8 @@ def _run(options: argparse.Namespace) -> None:
         run = read_run(options.run)
         model, tokenizer, nms = run.model, run.tokenizer, run.config.evaluation.nms
         variables = run.base_variables if options.base else run.variables
+    for phrase in options.phrase and phrase_list(options.phrase):
+        check_phrase(phrase, tokenizer)
     make_folder(out)
     try:
         write_programs(out, model, variables, tokenizer, options.phrase, limit=options.detections, nms=nms)  # fmt: skip

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 
 import jax
 
-from sam3jax.config import Config, load_config
+from sam3jax.config import Config, check_config, load_config
 from sam3jax.errors import exit_status
 from sam3jax.options import parse
 from sam3jax.tasks import TASKS
@@ -58,6 +58,7 @@ def train(
     run, saved as far as it was. Raises ConfigError, DataError, FileError: a setting, the data or a file is
     not right. Nothing is written before all of them are read.
     """
+    check_config(config)
     check_trackers(config.trackers)
     base, mesh = open_base(config), make_mesh()
     config, micro, chosen = resolve(base.config, mesh)
@@ -65,7 +66,7 @@ def train(
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
     data = task.open(base.tokenizer)
     loader = task.loader(data, **process)
-    config = in_steps(config, loader.epoch)
+    config = in_steps(config, loader.epoch, data.valid is not None)
     weights = base.load()
     trainable, frozen = start(weights.params, config)
     rates = multipliers(trainable, frozen, config)

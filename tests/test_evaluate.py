@@ -253,3 +253,9 @@ assert [[r["score"] for r in found] for found in rounds] == [[0.0] + [1 / 7] * 6
     command = [sys.executable, "-c", program.format(port=port)]
     running = [subprocess.Popen([*command, str(k)], env=environment) for k in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
+
+
+def test_clicks_are_refused_for_a_run_of_phrases(run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "read_run", lambda _: run)
+    assert evaluate.main(["--run", str(run.path), "--clicks", "3"]) == 2
+    assert "--clicks is for runs of clicks" in capsys.readouterr().err

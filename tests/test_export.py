@@ -94,3 +94,14 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert export.main(["--run", "a run", "--out", str(tmp_path / "there")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert jax.devices()  # the command has not touched the backend
+
+
+@pytest.mark.parametrize("phrases", [["word " * 40], [" "], ["cup", "Cup"]])
+def test_phrases_that_the_model_cannot_read_are_refused(
+    run, tmp_path, monkeypatch, capsys, phrases
+):
+    monkeypatch.setattr(export, "read_run", lambda _: run)
+    asked = [word for phrase in phrases for word in ("--phrase", phrase)]
+    assert export.main(["--run", "a run", "--out", str(tmp_path / "x"), *asked]) == 2
+    assert "phrase" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sam3jax import train
-from sam3jax.config import load_config, parse_config
+from sam3jax.config import ConfigError, load_config, parse_config
 from sam3jax.training.length import Patience, in_steps
 from tests.coco_folders import write_small_shapes
 from tests.small_run import SIZES
@@ -22,6 +22,24 @@ def test_epochs_are_counted_in_steps(epochs, pictures, batch, steps):
     config = parse_config({"epochs": epochs, "batch_size": batch, "steps": 7})
     assert in_steps(config, pictures).steps == steps
     assert in_steps(parse_config({"steps": 7}), pictures).steps == 7
+
+
+@pytest.mark.parametrize("setting", ["patience=2", "best_metric=segm/AP"])
+def test_what_validations_decide_is_refused_without_any(setting, tmp_path, capsys):
+    data = write_small_shapes(tmp_path / "data", train=2)
+    settings = {"data.train": data, "output": tmp_path / "run", "batch_size": 8}
+    sizes = {f"model.{k}": v for k, v in SIZES.items()}
+    assert train.main([*words(settings | sizes), setting]) == 2
+    name = setting.partition("=")[0]
+    assert (
+        f"{name} is about validations, and there are no validation data" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_of_a_path_is_told_how_to_read_it():
+    with pytest.raises(ConfigError, match=r"found 'demo.yaml': load_config\(path, overrides\)"):
+        train.train("demo.yaml")  # pyright: ignore
 
 
 def test_patience_counts_validations_that_are_no_better():

@@ -6,6 +6,7 @@ from sam3jax.config.clips import ClipsConfig
 from sam3jax.config.data import DataConfig
 from sam3jax.config.learning import EvalConfig, OptimConfig
 from sam3jax.config.loading import (
+    check_config,
     dump_config,
     explain,
     load_config,
@@ -20,5 +21,5 @@ from sam3jax.config.section import ConfigError
 
 __all__ = [
     "DESTINATIONS", "PRESETS", "ClicksConfig", "ClipsConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig",
-    "OptimConfig", "dump_config", "explain", "load_config", "parse_config", "read_settings", "with_settings",
+    "OptimConfig", "check_config", "dump_config", "explain", "load_config", "parse_config", "read_settings", "with_settings",
 ]  # fmt: skip

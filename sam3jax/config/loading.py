@@ -33,6 +33,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return parse_config(read_settings(overrides, Config, raw), Config)
 
 
+def check_config(config: Any) -> None:
+    """Raises ConfigError for what is no Config, such as the path of one."""
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"expected a Config, found {reprlib.repr(config)}: load_config(path, overrides) reads a file"
+        )
+
+
 def parse_config(raw: Mapping[str, Any], section: type[S] = Config) -> S:
     """Validate a mapping against a section, all errors in one ConfigError."""
     try:

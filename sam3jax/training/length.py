@@ -6,11 +6,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sam3jax.config import Config
+from sam3jax.config import Config, ConfigError
 
 
-def in_steps(config: Config, pictures: int) -> Config:
-    """The same run with `steps` counted from `epochs`, where they are set; pictures: of an epoch."""
+def in_steps(config: Config, pictures: int, validated: bool = True) -> Config:
+    """The same run with `steps` counted from `epochs`, where they are set; pictures: of an epoch.
+
+    validated: whether there are validation data. Raises ConfigError for what needs them.
+    """
+    judging = [name for name in ("patience", "best_metric") if getattr(config, name)]
+    if judging and not validated:
+        raise ConfigError(
+            f"{judging[0]} is about validations, and there are no validation data: give data.valid (or a split "
+            f"{config.data.valid_split} beside the training pictures), or leave {judging[0]} out"
+        )
     if config.epochs is None:
         return config
     steps = max(1, math.ceil(config.epochs * pictures / config.batch_size))

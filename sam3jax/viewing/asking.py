@@ -12,6 +12,7 @@ from PIL import Image
 from sam3jax.data.depth import to_bytes
 from sam3jax.data.names import phrase_key
 from sam3jax.data.pictures import DEFAULT, DataError, Reading, open_rgb
+from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.errors import UserError
 from sam3jax.types import Prompts
 
@@ -132,6 +133,21 @@ def phrase_list(phrases: Sequence[str] | str) -> list[str]:
             )
         seen[key] = word
     return words
+
+
+def check_phrase(phrase: str, tokenizer: Tokenizer) -> None:
+    """Raise PromptError for a phrase that a model with this vocabulary cannot read whole."""
+    if not isinstance(phrase, str):
+        raise PromptError(
+            f"the phrase is {shown(phrase)}: one phrase at a time, as text; points have a name, points=..."
+        )
+    if not phrase.strip():
+        raise PromptError("the phrase is empty: say what to look for, for example 'red circle'")
+    if not tokenizer.fits(phrase):
+        raise PromptError(
+            f"phrase {phrase!r} is {len(tokenizer.encode(phrase))} tokens long, this "
+            f"model reads {tokenizer.length - 2}: use fewer words"
+        )
 
 
 def score(threshold: Any) -> float:

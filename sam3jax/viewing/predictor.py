@@ -42,10 +42,10 @@ from sam3jax.viewing.asking import (
     PromptError,
     as_rgb,
     box_list,
+    check_phrase,
     exemplars,
     phrase_list,
     score,
-    shown,
 )
 from sam3jax.viewing.click_heads import PARTS, has_heads, heads_below
 from sam3jax.viewing.click_predictor import ClickPredictor
@@ -319,17 +319,7 @@ class Predictor:
 
     def check_phrase(self, phrase: str) -> None:
         """Raise PromptError for a phrase that the model cannot read whole."""
-        if not isinstance(phrase, str):
-            raise PromptError(
-                f"the phrase is {shown(phrase)}: one phrase at a time, as text; points have a name, points=..."
-            )
-        if not phrase.strip():
-            raise PromptError("the phrase is empty: say what to look for, for example 'red circle'")
-        if not self._tokenizer.fits(phrase):
-            raise PromptError(
-                f"phrase {phrase!r} is {len(self._tokenizer.encode(phrase))} tokens long, this "
-                f"model reads {self._tokenizer.length - 2}: use fewer words"
-            )
+        check_phrase(phrase, self._tokenizer)
 
     def _encode(self, phrase: str) -> TextFeatures:
         self.check_phrase(phrase)
