@@ -17,6 +17,7 @@ from PIL import Image
 
 from sam3jax import evaluate
 from sam3jax.data.folders import read_dataset
+from sam3jax.data.ledger import DataError
 from sam3jax.data.loader import make_eval_loader
 from sam3jax.data.prompts import vocabulary
 from sam3jax.data.records import Dataset
@@ -259,3 +260,15 @@ def test_clicks_are_refused_for_a_run_of_phrases(run, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "read_run", lambda _: run)
     assert evaluate.main(["--run", str(run.path), "--clicks", "3"]) == 2
     assert "--clicks is for runs of clicks" in capsys.readouterr().err
+
+
+def test_data_without_an_annotation_are_said_to_measure_nothing(run, folder, tmp_path):
+    data = tmp_path / "empty"
+    (data / "valid").mkdir(parents=True)
+    for file in (folder / "valid").iterdir():
+        (data / "valid" / file.name).write_bytes(file.read_bytes())
+    annotations = data / "valid" / "_annotations.coco.json"
+    annotations.write_text(json.dumps({**json.loads(annotations.read_text()), "annotations": []}))
+    dataset = read_dataset(data, "valid")
+    with pytest.raises(DataError, match="no phrase to ask and nothing to measure"):
+        make_eval_loader(dataset, tuple(NAMES), np.zeros((5, 16), np.int32), run.config)

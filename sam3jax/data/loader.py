@@ -196,12 +196,18 @@ def make_eval_loader(
     """Every category asked of every picture, in order, nothing random; the last batch filled up.
 
     batch_size: rows over all processes, default config.evaluation.batch_size. targets: False leaves
-    them empty (num_targets 0, M 0), for evaluation that reads the truth from `dataset` itself.
+    them empty (num_targets 0, M 0), for evaluation that reads the truth from `dataset` itself. Raises DataError.
     """
     shapes = shapes or asking.evaluation_shapes(dataset, config.data)
     batch_size = batch_size or config.evaluation.batch_size
     rows = _Rows(batch_size, process_index, process_count, "evaluation.batch_size")
     batch_of = _EvalBatch(dataset, phrases, config, shapes, rows, targets)
+    if not batch_of.length:
+        raise DataError(
+            f"{dataset.name} has no usable annotation, so there is no phrase to ask and nothing to measure: give "
+            "pictures of which some are annotated (all phrases are asked of the empty ones among them too), or look "
+            "at pictures without annotations with predict"
+        )
 
     def stream() -> Iterator[EvalBatch]:
         for arrays in run_ahead(batch_of, 0, batch_of.length, config.data.workers):

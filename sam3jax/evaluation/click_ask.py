@@ -93,8 +93,8 @@ def click_on_dataset(
     objects = [record for part in of_all_processes(objects) for record in part]
     if not objects:
         raise DataError(
-            "no object of the validation pictures is left to click on: each is smaller than a pixel of the model, "
-            f"which sees pictures at {model.config.image_size} x {model.config.image_size}; validate on larger objects, "
+            "no object of these pictures is left to click on: each is smaller than a pixel of the model, "
+            f"which sees pictures at {model.config.image_size} x {model.config.image_size}; ask about larger objects, "
             "or cut the pictures into parts"
         )
     scores = ClickScores()
