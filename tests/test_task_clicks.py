@@ -169,6 +169,20 @@ def test_a_run_folder_holds_what_it_should(undisturbed):
     np.testing.assert_allclose(means, evaluation["mIoU_by_click"], atol=1e-6)
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["final"]["clicks/mIoU@1"] >= 0
+    # How far each figure could be off, and what it is about, in the report as well.
+    low, high = evaluation["uncertainty"]["clicks/mIoU@1"]
+    assert low <= evaluation["metrics"]["clicks/mIoU@1"] <= high
+    assert evaluation["measured"]["objects"] == len(objects)
+    page = (undisturbed / "report.html").read_text()
+    said = (
+        "mean IoU by click",
+        "true IoU by predicted IoU",
+        "After each click",
+        "Worst after the last click",
+    )
+    assert all(text in page for text in said)
+    worst = min(objects, key=lambda o: o["ious"][-1])
+    assert "{:.0f}, {:.0f}".format(*worst["click"]) in page
 
 
 def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sam3jax.evaluation.metrics import measure
-from sam3jax.evaluation.uncertainty import changes, draws_of, intervals
+from sam3jax.evaluation.uncertainty import changes, draws_of, intervals, means
 from tests.test_metrics import random_case, read
 
 
@@ -99,3 +99,13 @@ def test_pictures_without_objects_are_drawn_too():
     low, high = intervals(found.resample())["false_alarms_empty"]
     assert low == 0
     assert high == 1
+
+
+def test_means_of_objects_are_those_of_drawn_pictures():
+    rng = np.random.default_rng(0)
+    picture, values = rng.integers(0, 7, 30), rng.random(30)
+    names = np.unique(picture)
+    found = means({"IoU": values}, picture)["IoU"]
+    for w, times in enumerate(draws_of(len(names))):
+        each = [np.tile(values[picture == p], n) for p, n in zip(names, times, strict=True)]
+        assert found[w] == pytest.approx(np.concatenate(each).mean())

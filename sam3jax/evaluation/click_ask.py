@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sam3jax.config import ClicksConfig
 from sam3jax.data.ledger import DataError
 from sam3jax.data.loader import EvalLoader
-from sam3jax.evaluation.click_metrics import ClickScores, boundary_f
+from sam3jax.evaluation.click_metrics import boundary_f, scores_of
 from sam3jax.evaluation.processes import of_all_processes
 from sam3jax.evaluation.progress import Advance, length, untold
 from sam3jax.inference.click_rounds import Evaluated, evaluation_rounds
@@ -97,13 +97,7 @@ def click_on_dataset(
             f"which sees pictures at {model.config.image_size} x {model.config.image_size}; ask about larger objects, "
             "or cut the pictures into parts"
         )
-    scores = ClickScores()
-    for record in objects:
-        scores.add(
-            np.array(record["ious"])[:, None],
-            np.array(record["predicted"])[:, None],
-            np.array([record["boundary_F"]]),
-        )
+    scores = scores_of(objects)
     return ClickEvaluation(
         scores.metrics(), objects, scores.curve(), scores.calibration(), pictures
     )
@@ -127,6 +121,7 @@ def _objects(batch: ClickBatch, found: Evaluated) -> list[dict[str, Any]]:
     valid = np.asarray(batch.valid & batch.image_valid[:, None])
     edge = batch.edge
     ious, predicted, last = (np.asarray(x) for x in (found.iou, found.predicted, found.masks[-1]))
+    first = (np.asarray(found.points)[:, 2] + 0.5) / edge  # behind the corners of a box
     records = []
     for i, k in zip(*map(np.ndarray.tolist, np.nonzero(valid)), strict=True):
         row = i * valid.shape[1] + k
@@ -134,6 +129,7 @@ def _objects(batch: ClickBatch, found: Evaluated) -> list[dict[str, Any]]:
         records.append(
             {
                 "image_id": int(batch.image_id[i]),
+                "click": first[row].tolist(),
                 "ious": [round(float(x), 4) for x in ious[:, row]],
                 "predicted": [round(float(x), 4) for x in predicted[:, row]],
                 "boundary_F": round(boundary_f(last[row], truth), 4),

@@ -8,6 +8,8 @@ where it never is (Sofiiuk et al., https://arxiv.org/abs/2102.06583).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -37,15 +39,20 @@ class ClickScores:
         if not sum(len(x) for x in self.ious):
             return {}
         ious, predicted = np.concatenate(self.ious), np.concatenate(self.predicted)
-        budget = ious.shape[1]
-        out = {f"clicks/mIoU@{k}": float(ious[:, k - 1].mean()) for k in SHOWN if k <= budget}
-        for level in LEVELS:
-            out[f"clicks/NoC@{level}"] = float(clicks_needed(ious, level / 100).mean())
-            out[f"clicks/reached@{level}"] = float((ious >= level / 100).any(1).mean())
-        out["clicks/boundary_F"] = float(np.concatenate(self.boundary).mean())
-        out["clicks/predicted_IoU_error"] = float(np.abs(predicted - ious).mean())
+        out = {name: float(values.mean()) for name, values in self.of_objects().items()}
         out["clicks/calibration_error"] = calibration_error(predicted, ious)
         out["clicks/objects"] = float(len(ious))
+        return out
+
+    def of_objects(self) -> dict[str, np.ndarray]:
+        """What each of at least one object adds to the metrics that are means over objects, [N] each."""
+        ious, predicted = np.concatenate(self.ious), np.concatenate(self.predicted)
+        out = {f"clicks/mIoU@{k}": ious[:, k - 1] for k in SHOWN if k <= ious.shape[1]}
+        for level in LEVELS:
+            out[f"clicks/NoC@{level}"] = clicks_needed(ious, level / 100)
+            out[f"clicks/reached@{level}"] = (ious >= level / 100).any(1).astype(float)
+        out["clicks/boundary_F"] = np.concatenate(self.boundary)
+        out["clicks/predicted_IoU_error"] = np.abs(predicted - ious).mean(1)
         return out
 
     def curve(self) -> list[float]:
@@ -57,6 +64,18 @@ class ClickScores:
         if not self.ious:
             return []
         return calibration(np.concatenate(self.predicted), np.concatenate(self.ious))
+
+
+def scores_of(objects: Iterable[Mapping[str, Any]]) -> ClickScores:
+    """The scores of records of objects: `ious` and `predicted` after each click, `boundary_F`."""
+    scores = ClickScores()
+    for record in objects:
+        scores.add(
+            np.array(record["ious"])[:, None],
+            np.array(record["predicted"])[:, None],
+            np.array([record["boundary_F"]]),
+        )
+    return scores
 
 
 def clicks_needed(ious: np.ndarray, level: float) -> np.ndarray:

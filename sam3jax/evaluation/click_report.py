@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sam3jax.checksums import record_files
 from sam3jax.data.records import Dataset
+from sam3jax.evaluation import uncertainty
 from sam3jax.evaluation.click_ask import ClickEvaluation
+from sam3jax.evaluation.click_metrics import scores_of
 from sam3jax.files import write_json
 
 
@@ -21,7 +25,7 @@ def write_click_evaluation(
     *,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write evaluation.json and clicks.json (one record an object); returns the first.
+    """Write evaluation.json and clicks.json (one record an object; `click`: pixel of the first); returns the first.
 
     about: what goes on top of evaluation.json: run, step, weights.
     """
@@ -31,7 +35,8 @@ def write_click_evaluation(
         report["base"] = _summary(base)
         before, after = base.metrics, tuned.metrics
         changes = {k: v - before[k] for k, v in after.items() if k in before}
-        report["compare"] = {"metrics": changes}
+        moved = uncertainty.changes(_drawn_again(base), _drawn_again(tuned))
+        report["compare"] = {"metrics": changes, "uncertainty": moved}
         for record, old in zip(objects, base.objects, strict=True):
             record["base_ious"] = old["ious"]
     write_json(output / "evaluation.json", report)
@@ -43,12 +48,23 @@ def write_click_evaluation(
 def _summary(found: ClickEvaluation) -> dict[str, Any]:
     names = ("predicted", "true", "masks")
     rows = [dict(zip(names, row, strict=True)) for row in found.calibration]
-    return {"metrics": found.metrics, "mIoU_by_click": found.curve, "calibration": rows}
+    return {
+        "metrics": found.metrics, "mIoU_by_click": found.curve, "calibration": rows,
+        "uncertainty": uncertainty.intervals(_drawn_again(found)),
+        "measured": {"objects": len(found.objects), "pictures": len({r["image_id"] for r in found.objects})},
+    }  # fmt: skip
+
+
+def _drawn_again(found: ClickEvaluation) -> dict[str, np.ndarray]:
+    pictures = [record["image_id"] for record in found.objects]
+    return uncertainty.means(scores_of(found.objects).of_objects(), pictures)
 
 
 def _named(record: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
     picture = dataset.images[record["image_id"]]
-    return {**record, "image_id": picture.id, "file": str(picture.file)}
+    x, y = record["click"]
+    first = [round(x * picture.width - 0.5, 1), round(y * picture.height - 0.5, 1)]
+    return {**record, "image_id": picture.id, "file": str(picture.file), "click": first}
 
 
 def print_clicks(file: Path) -> dict[str, Any]:

@@ -111,6 +111,14 @@ def draws_of(images: int, detections: int = 0) -> np.ndarray:
     return np.random.default_rng(0).multinomial(images, shares, size=number)
 
 
+def means(values: Mapping[str, np.ndarray], picture: Sequence[Any]) -> dict[str, np.ndarray]:
+    """The mean of each metric in each drawn set, [W]. values: [N] of objects; picture [N]: which each is in."""
+    names, place = np.unique(np.asarray(picture), return_inverse=True)
+    weights = draws_of(len(names))[:, place].astype(float)
+    weights /= weights.sum(1, keepdims=True)
+    return {name: weights @ np.asarray(x, float) for name, x in values.items()}
+
+
 def intervals(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
     """The middle 95 % of each metric over drawn sets; those where it is defined must be most of them."""
     known = {name: v[np.isfinite(v)] for name, v in values.items()}

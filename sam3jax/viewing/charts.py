@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from sam3jax.viewing.draw import colour
 
+_DECADES = 6  # that an axis of powers of ten shows at most
+
 
 def curves(
     series: Mapping[str, Sequence[tuple[float, float]]],
@@ -45,6 +47,8 @@ def curves(
         positive = [v for points in series.values() for _, v in points if v > 0]
         if logarithmic and positive:
             axes.set_yscale("log")
+            # A part that is all but nothing would press the others together.
+            axes.set_ylim(bottom=max(min(positive) / 2, max(positive) / 10**_DECADES))
             plain = lambda value, _: f"{value:g}"
             axes.yaxis.set_major_formatter(plain)
             few = max(positive) < 10 * min(positive)

@@ -20,11 +20,19 @@ MEANINGS = {
     "video/J&F": "overlap (J) and boundary (F) of each object's best track, as DAVIS counts",
     "video/switches": "how often an object becomes another one, per object",
     "video/steadiness": "1 minus the mean change of an object's score from a frame to the next",
-    "clicks/mIoU@1": "mean overlap of masks after one click",
+    "clicks/mIoU@1": "mean overlap (IoU) of masks with the truth after one click",
+    "clicks/mIoU@2": "the same after two clicks",
     "clicks/mIoU@3": "the same after three clicks",
     "clicks/mIoU@5": "the same after five clicks",
-    "clicks/NoC@90": "clicks until the overlap is .9, those that never reach it counted as the last",
+    "clicks/mIoU@10": "the same after ten clicks",
+    "clicks/mIoU@20": "the same after twenty clicks",
+    "clicks/NoC@85": "clicks until the overlap is .85; where it never is, all that were made",
+    "clicks/NoC@90": "clicks until the overlap is .9; where it never is, all that were made",
+    "clicks/reached@85": "share of the objects that reach an overlap of .85",
+    "clicks/reached@90": "share of the objects that reach an overlap of .9",
+    "clicks/boundary_F": "how well the last outline lies on the true one, as DAVIS counts",
     "clicks/predicted_IoU_error": "mean error of the overlap that the model predicts of itself",
+    "clicks/calibration_error": "the same of many masks together: whether those said to be .8 are .8 on average",
 }
 _WORSE = ("loss", "error", "false_alarm", "NoC", "switches")
 

@@ -48,6 +48,7 @@ figure { margin: 0; }
 .parts img { width: 100%; height: auto; display: block; border-radius: 4px; }
 .wide img, .wide video { max-width: 100%; height: auto; display: block; border-radius: 4px; margin: 12px 0; }
 .wide figure { overflow-x: auto; }
+.panels img { min-width: 56rem; } /* a row of pictures: scrolled rather than shrunk */
 pre { overflow-x: auto; background: var(--card); padding: 10px; border-radius: 8px; font-size: .8rem; }
 @media print { details { display: block; } nav { display: none; } }
 </style></head>

@@ -1,7 +1,8 @@
 """report.html of a run folder: one file that opens anywhere, without network.
 
 Reads what lies in the folder and leaves out what does not: metrics.jsonl (curves), evaluation.json,
-predictions.json and base_predictions.json (tables and pictures), summary.json, config.yaml.
+predictions.json and base_predictions.json, clicks.json and predictions/ (tables and pictures), summary.json,
+config.yaml.
 `python -m sam3jax.report RUN` writes it anew.
 """
 
@@ -30,7 +31,7 @@ from sam3jax.data.pictures import DataError
 from sam3jax.data.video_sets import open_frames
 from sam3jax.errors import UserError
 from sam3jax.files import write_text
-from sam3jax.viewing import diagnosis, draw, tables
+from sam3jax.viewing import click_results, diagnosis, draw, tables
 from sam3jax.viewing.charts import curves
 from sam3jax.viewing.meanings import MEANINGS, by_importance, less_is_better
 from sam3jax.viewing.page import page
@@ -90,6 +91,7 @@ def _page_of(folder: Path, datasets: Mapping[str, Dataset] | None, damaged: Sequ
     sections = [
         ("Damage", tables.note(not_as_written(folder, damaged)) if damaged else ""),
         ("Results", _tiles(evaluation) + _base_against_tuned(evaluation)),
+        ("Clicks", click_results.clicks(folder, evaluation, tables.table, _jpeg)),
         ("Demo", _demo(folder)),
         ("Categories", _categories(evaluation)),
         ("Phrases", diagnosis.phrases(evaluation.get("diagnosis", {}), tables.table)),
@@ -213,7 +215,7 @@ def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
         evaluation.get("compare", {}).get("uncertainty", {}),
     )
     rows = []
-    for name in by_importance(list(metrics)):
+    for name in by_importance([name for name in metrics if not name.endswith("/objects")]):
         row = [name, tables.number(metrics[name], name) + tables.between(sure.get(name))]
         if base:
             row[1:1] = [tables.number(base.get(name), name)]
@@ -225,7 +227,7 @@ def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
         words = Markup('<span class="words">{}</span>').format(MEANINGS.get(name, ""))
         rows.append([*row, words])
     head = ["metric", "base", "tuned", "change"] if base else ["metric", evaluation.get("weights", "")]  # fmt: skip
-    n = len(evaluation.get("pictures", ()))
+    n = len(evaluation.get("pictures", ())) or evaluation.get("measured", {}).get("pictures", 0)
     drawn = (
         f"Small figures: the middle 95 % over {n:,} pictures drawn again with replacement. A change whose range "
         "holds 0 has no colour: it may be chance. "
