@@ -29,7 +29,7 @@ def test_fill_and_outline_differ_from_any_background(background):
     drawn = np.asarray(draw.overlay(picture, [disk()])).astype(int)
     inside, far = drawn[200, 300], drawn[460, 20]
     # The fill is a hint, so that a red circle stays red under a blue one; the outline is what shows.
-    assert 20 < np.abs(inside - background).max() < 60
+    assert 10 < np.abs(inside - background).max() < 60
     np.testing.assert_array_equal(far, background)
     # Across the outline there is a dark and a bright line: one of them shows on any background.
     lightness = drawn[200, 355:368].mean(axis=1)
@@ -54,7 +54,7 @@ def test_masks_lie_on_their_pixels_at_every_scale(size):
     picture = np.zeros((height, width, 3), np.uint8)
     drawn = draw.overlay(picture, [Instance("", box, rle)])
     assert 480 <= max(drawn.size) <= 2048
-    small = np.asarray(drawn.resize(size, Image.Resampling.BOX)).max(axis=-1) > 40
+    small = np.asarray(drawn.resize(size, Image.Resampling.BOX)).max(axis=-1) > 25
     assert (small != mask).mean() < 0.03
     same = draw.overlay(picture, [Instance("", box, mask)])
     np.testing.assert_array_equal(np.asarray(drawn), np.asarray(same))

@@ -61,18 +61,26 @@ def labels(found: Mapping[str, Any], dataset: Dataset | None, inline: Inline) ->
     )  # fmt: skip
     out = []
     for key, title, meaning in kinds:
-        shown = []
-        for row in found.get(key, [])[:_SHOWN]:
+        shown: list[str] = []
+        seen = set()
+        for row in found.get(key, []):
             record = records.get(row["image_id"])
-            if record is None:
+            if record is None or len(shown) == _SHOWN:
                 continue
+            # The next frame of a video shows the same again.
+            video = getattr(record, "video", None)
+            if video is not None and (video, row["category"]) in seen:
+                continue
+            seen.add((video, row["category"]))
+            score = row["score"] if key == "unlabelled" else None
             x, y, w, h = row["bbox"]
-            instance = draw.Instance(row["category"], (x, y, x + w, y + h), None, row["score"])
+            instance = draw.Instance(row["category"], (x, y, x + w, y + h), None, score)
             try:
                 picture = inline([instance], record.open())
             except DataError:
                 continue
-            caption = f"{record.file.name} (id {record.id}): {row['category']} {row['score']:.2f}"
+            sure = "" if score is None else f" {score:.2f}"
+            caption = f"{record.file.name} (id {record.id}): {row['category']}{sure}"
             shown.append(
                 f'<figure><img loading="lazy" alt="{escape(row["category"])}" src="{picture}">'
                 f"<figcaption>{escape(caption)}</figcaption></figure>"

@@ -29,7 +29,7 @@ _PALETTE: tuple[Colour, ...] = (
 )  # fmt: skip
 _INK, _PAPER = (20, 20, 24), (250, 250, 250)
 _INSIDE, _OUTSIDE = (20, 170, 60), (215, 30, 40)  # clicks
-_FILL = 0.2  # a red circle stays red; the outline says where it ends
+_FILL = 0.12  # a red circle stays red, and a brown one brown; the outline says where it ends
 WIDEST = 8  # times as wide as high is drawn at full height
 _CROWD = 60  # instances above which lines are thin
 _LABEL_SHARE = 0.15  # of the picture that labels may hide at most

@@ -9,6 +9,9 @@ MEANINGS = {
     "segm/AP75": "the same at an overlap of .75: how well outlined",
     "bbox/AP": "average precision of boxes, over overlaps of .5 to .95",
     "bbox/AP50": "average precision of boxes where half an overlap is enough",
+    "bbox/AP75": "the same at an overlap of .75",
+    "segm/AR": "average recall of masks, over overlaps of .5 to .95, whatever their score",
+    "bbox/AR": "average recall of boxes, over overlaps of .5 to .95, whatever their score",
     "recall": "share of the instances that are found, at the threshold",
     "precision": "share of the finds that are an instance, at the threshold",
     "false_alarms": "share of the questions about what is not there that are answered by a find",
@@ -34,12 +37,25 @@ MEANINGS = {
     "clicks/predicted_IoU_error": "mean error of the overlap that the model predicts of itself",
     "clicks/calibration_error": "the same of many masks together: whether those said to be .8 are .8 on average",
 }
+_SIZES = {
+    "small": "instances of less than 32 x 32 pixels",
+    "medium": "instances of 32 x 32 to 96 x 96 pixels",
+    "large": "instances of more than 96 x 96 pixels",
+}
 _WORSE = ("loss", "error", "false_alarm", "NoC", "switches")
 
 
 def less_is_better(metric: str) -> bool:
     """Whether a smaller value of a metric is the better one: losses, errors and false alarms."""
     return any(word in metric for word in _WORSE)
+
+
+def meaning(metric: str) -> str:
+    """A sentence about a metric; "" where there is none."""
+    name, _, size = metric.rpartition("_")
+    if size in _SIZES and name in MEANINGS:
+        return f"{name} of {_SIZES[size]}"
+    return MEANINGS.get(metric, "")
 
 
 def by_importance(names: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ from sam3jax.errors import UserError
 from sam3jax.files import write_text
 from sam3jax.viewing import click_results, diagnosis, draw, tables
 from sam3jax.viewing.charts import curves
-from sam3jax.viewing.meanings import MEANINGS, by_importance, less_is_better
+from sam3jax.viewing.meanings import by_importance, less_is_better, meaning
 from sam3jax.viewing.page import page
 from sam3jax.viewing.run_files import by_picture, damage, not_as_written, read_json
 from sam3jax.viewing.shown import Shown
@@ -224,7 +224,7 @@ def _base_against_tuned(evaluation: Mapping[str, Any]) -> str:
                 base.get(name), metrics[name], moved.get(name), worse_is_more=worse
             )
             row.append(change + tables.between(moved.get(name), signed=True))
-        words = Markup('<span class="words">{}</span>').format(MEANINGS.get(name, ""))
+        words = Markup('<span class="words">{}</span>').format(meaning(name))
         rows.append([*row, words])
     head = ["metric", "base", "tuned", "change"] if base else ["metric", evaluation.get("weights", "")]  # fmt: skip
     n = len(evaluation.get("pictures", ())) or evaluation.get("measured", {}).get("pictures", 0)
