@@ -7,6 +7,7 @@
     python -m scripts.bench_step --run 2 --torch    and the torch trainer's step, with ratios
     python -m scripts.bench_step --run 3 --behind   adapters behind the trunk alone
     python -m scripts.bench_step --run 3 --cached   the same, the trunk's features in the place of the picture
+    python -m scripts.bench_step --run 3 model.remat=products   any settings of a run
 
 LoRA r16 on ViT qkv/proj/MLP, fusion encoder and decoder; 1 picture, 1 phrase, 3 masks, 1008 px.
 """
@@ -20,12 +21,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3jax.config import Config, parse_config
+from sam3jax.config import Config, parse_config, read_settings
 from sam3jax.losses import compute_losses
 from sam3jax.model import Sam3
 from sam3jax.model.init import init_params, parameter_shapes
@@ -43,12 +45,12 @@ from sam3jax.weights.trainable import split, without_text_tower
 INSTANCES = 3
 
 
-def run_config(dtype: str, behind: bool = False) -> Config:
+def run_config(dtype: str, behind: bool = False, settings: Sequence[str] = ()) -> Config:
     raw: dict = {"model": {"compute_dtype": dtype}, "loss": {"mask_chunk": 4}}
     if behind:
         raw["model"]["drop_path"] = 0.0
         raw["lora"] = {"targets": ["transformer.encoder.layers.*", "transformer.decoder.layers.*"]}
-    return parse_config(raw)
+    return parse_config(read_settings(settings, Config, raw))
 
 
 def batch_of(config: Config) -> Batch:
@@ -185,8 +187,9 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="compare, with --run")
     parser.add_argument("--behind", action="store_true", help="adapters behind the trunk")
     parser.add_argument("--cached", action="store_true", help="--behind, with cache_trunk")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
-    config = run_config(options.dtype, options.behind or options.cached)
+    config = run_config(options.dtype, options.behind or options.cached, options.settings)
     print(f"{jax.devices()[0].platform}, jax {jax.__version__}, {options.dtype}")
     if options.parts:
         print(json.dumps(parts(config, options.parts)))

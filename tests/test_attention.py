@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from sam3jax.model import attention as module
 from sam3jax.model import blockwise as by_blocks
+from sam3jax.model.layers import Mlp
 from sam3jax.training.mesh import make_mesh
 
 
@@ -148,6 +150,29 @@ def test_a_rematerialised_layer_forms_its_scores_twice_and_not_three_times(monke
 
     assert exponentials(functools.partial(module.remat, wanted=True)) == 2
     assert exponentials(module.nn.remat) == 3
+
+
+def test_what_linear_layers_returned_is_kept_on_request():
+    """One product forward, one for each of the two gradients; recomputed, the inner one once more."""
+
+    class Layer(module.nn.Module):
+        @module.nn.compact
+        def __call__(self, x):
+            return Mlp((32, 16), name="mlp")(x)
+
+    x = jax.random.normal(jax.random.key(1), (3, 16))
+    plain = Layer()
+    variables = plain.init(jax.random.key(0), x)
+    want = jax.grad(lambda v: (plain.apply(v, x) ** 2).sum())(variables)
+
+    def products(wanted):
+        layer = module.remat(Layer, wanted)()
+        gradient = jax.grad(lambda v: (layer.apply(v, x) ** 2).sum())
+        chex.assert_trees_all_close(gradient(variables), want, rtol=1e-6)
+        return str(jax.make_jaxpr(gradient)(variables)).count("dot_general[")
+
+    assert products(False) == products("products") == 5
+    assert products(True) == 6
 
 
 @pytest.mark.parametrize(

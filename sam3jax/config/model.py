@@ -161,10 +161,11 @@ class ModelConfig(Section):
         default="float32",
         description="Number format of the computation. Weights stay float32.",
     )
-    remat: bool = Field(
+    remat: bool | Literal["products"] = Field(
         default=True,
         description="Compute the inner values of a layer again in the backward pass: far less memory, a third "
-        "more computation. false suits small models.",
+        "more computation. products: but keep what linear layers and convolutions returned. "
+        "false: keep everything, which suits small models.",
     )
     fused_attention: bool = Field(
         default=False,

@@ -39,7 +39,7 @@ def bare(annotation: Any) -> tuple[Any, bool]:
         return bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         inner = [a for a in get_args(annotation) if a is not type(None)]
-        return bare(inner[0])[0], True
+        return bare(inner[0])[0], type(None) in get_args(annotation)
     return annotation, False
 
 

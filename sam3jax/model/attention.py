@@ -10,19 +10,21 @@ import jax.numpy as jnp
 
 from sam3jax.model import blockwise as blocks
 from sam3jax.model.blockwise import KEPT, Noise, blockwise
-from sam3jax.model.layers import Linear
+from sam3jax.model.layers import PRODUCT, Linear
 
 Branch = Literal["plain", "blockwise", "fused"]
 
 
-def remat(module: Any, wanted: bool, **kwargs: Any) -> Any:
+def remat(module: Any, wanted: bool | Literal["products"], **kwargs: Any) -> Any:
     """nn.remat, if wanted, that recomputes everything but what blockwise attention returned.
 
-    That costs one activation a layer, and spares a third pass over the scores.
+    That costs one activation a layer, and spares a third pass over the scores. products: what linear
+    layers and convolutions returned is kept too, and only what lies between them is computed again.
     """
     if not wanted:
         return module
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    kept = (KEPT, PRODUCT) if wanted == "products" else (KEPT,)
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return nn.remat(module, policy=policy, **kwargs)
 
 

@@ -13,7 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
+PRODUCT = "product"  # what linear layers and convolutions return, for `remat`
 TORCH_EPS = 1e-5  # torch's LayerNorm and GroupNorm; Linen's own default is 1e-6
 
 
@@ -72,7 +74,7 @@ class Linear(nn.Module):
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.has_variable("lora", "a"):
             y = y + self._adapter(x)
-        return y
+        return checkpoint_name(y, PRODUCT)
 
     def _adapter(self, x: jax.Array) -> jax.Array:
         a, b = (meta.unbox(self.get_variable("lora", name)) for name in ("a", "b"))
@@ -142,7 +144,7 @@ class Conv(nn.Module):
             y = jax.lax.conv_general_dilated(
                 x, kernel, (1, 1), [(self.padding, self.padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )  # fmt: skip
-        return y + bias.astype(self.dtype)
+        return checkpoint_name(y + bias.astype(self.dtype), PRODUCT)
 
 
 class Upsample2x(nn.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3jax.config import ModelConfig
-from sam3jax.model.attention import MultiHeadAttention
+from sam3jax.model.attention import MultiHeadAttention, remat
 from sam3jax.model.layers import Conv, Mlp, group_norm, layer_norm
 
 GROUPS = 8
@@ -71,7 +71,7 @@ class SegmentationHead(nn.Module):
             attend(x, prompt, prompt, mask=prompt_valid[:, None, None]).reshape(memory.shape)
             + memory
         )
-        decoder = nn.remat(PixelDecoder, prevent_cse=True) if c.remat else PixelDecoder
+        decoder = remat(PixelDecoder, c.remat, prevent_cse=True)
         pixels = decoder(c, name="pixel_decoder")((*levels[:-1], x))
         embed = Mlp((d, d, d), dtype=dtype, train=self.train, name="mask_embed")(queries)
         pixel_embed = Conv(d, 1, dtype=dtype, name="instance_seg_head")(pixels)
