@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from sam3jax.config import ClicksConfig
 from sam3jax.losses.elementwise import bce, dice, focal
 from sam3jax.losses.resample import resize_bilinear
+
+# What was chosen without a gradient: a round that is computed again for its gradient need not choose again.
+CHOSEN = "chosen"
 
 
 @struct.dataclass
@@ -56,24 +60,47 @@ def round_losses(
     weighted mask and dice loss is taught; the IoU head on that one or on all (`iou_of`). Masks that are
     not `in_play` count for nothing. An object without a pixel in its target only teaches the score.
     """
-    rows = (masks, ious, targets, jnp.ones(ious.shape, bool) if in_play is None else in_play)
-    # Full-size masks exist for a few objects at a time, forward and backward: equal chunks, as few as may be.
-    chunks = -(-len(ious) // config.objects_at_once)
-    size = -(-len(ious) // chunks)
-    rows = jax.tree.map(lambda x: _in_chunks(x, chunks, size), rows)
-    some = jax.checkpoint(lambda chunk: _some_objects(chunk, config))
-    found = jax.lax.map(some, rows)
-    mask, dice_, iou_error, iou, best = (x.reshape(-1)[: len(ious)] for x in found)
+    best, true_ious = jnp.zeros(len(ious), jnp.int32), None
+    if ious.shape[1] > 1:
+        # All are compared without a gradient, and the one that is taught once more with it.
+        mask, dice_, true_ious = _compared(jax.lax.stop_gradient(masks), targets, config)
+        cost = config.loss_mask * mask + config.loss_dice * dice_
+        cost = cost if in_play is None else jnp.where(in_play, cost, jnp.inf)
+        best, true_ious = checkpoint_name((jnp.argmin(cost, 1), true_ious), CHOSEN)
+    taught = jnp.take_along_axis(masks, best[:, None, None, None], 1)
+    mask, dice_, iou = _compared(taught, targets, config)
+    miss = jnp.abs(ious - (iou if true_ious is None else true_ious))
+    if config.iou_error == "mse":
+        miss = miss**2
+    if config.iou_of == "best":
+        iou_error = jnp.take_along_axis(miss, best[:, None], 1)[:, 0]
+    else:
+        counted = jnp.ones(ious.shape, bool) if in_play is None else in_play
+        iou_error = jnp.where(counted, miss, 0.0).sum(1) / jnp.maximum(counted.sum(1), 1)
     present = targets.any((1, 2))
     share = lambda x: jnp.where(present, x, 0.0)
     return RoundLosses(
-        mask=share(mask),
-        dice=share(dice_),
+        mask=share(mask[:, 0]),
+        dice=share(dice_[:, 0]),
         iou_error=share(iou_error),
         score=bce(score, present.astype(jnp.float32)),
-        iou=share(iou),
+        iou=share(iou[:, 0]),
         best=best,
     )
+
+
+def _compared(
+    masks: jax.Array, targets: jax.Array, config: ClicksConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Masks [B, M, y, x] with targets [B, Y, X]: pixelwise loss, Dice loss and IoU, each [B, M].
+
+    Full-size masks exist for a few objects at a time, forward and backward: equal chunks, as few as may be.
+    """
+    chunks = -(-len(masks) // config.objects_at_once)
+    size = -(-len(masks) // chunks)
+    rows = jax.tree.map(lambda x: _in_chunks(x, chunks, size), (masks, targets))
+    some = jax.checkpoint(lambda chunk: _some_objects(chunk[0], chunk[1], config))
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[: len(masks)], jax.lax.map(some, rows))
 
 
 def _in_chunks(x: jax.Array, chunks: int, size: int) -> jax.Array:
@@ -82,39 +109,29 @@ def _in_chunks(x: jax.Array, chunks: int, size: int) -> jax.Array:
     return filled.reshape(chunks, size, *x.shape[1:])
 
 
-def _some_objects(chunk: tuple[jax.Array, ...], config: ClicksConfig):
-    """Masks [C, M, y, x], ious [C, M], targets [C, Y, X], in_play [C, M] -> five arrays [C].
+def _some_objects(
+    masks: jax.Array, target: jax.Array, config: ClicksConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_compared` for C objects at once.
 
     Written for C objects, not for one under `vmap`: XLA:CPU would transpose every enlarged mask.
     """
-    masks, ious, target, in_play = chunk
+    c, m = masks.shape[:2]
     if config.mask_resolution == "prediction":
         target = at_centres(target, masks.shape[2:])
     # [C M, Y, X] from here on.
     masks = masks.reshape(-1, *masks.shape[2:])
     if config.mask_resolution == "target":
         masks = resize_bilinear(masks, target.shape[1:])
-    of_mask = lambda x: jnp.repeat(x, ious.shape[1], 0)
-    wanted = of_mask(target).astype(jnp.float32)
+    truth = jnp.repeat(target, m, 0)
+    wanted = truth.astype(jnp.float32)
     if config.mask_loss == "focal":
         pixelwise = focal(masks, wanted, alpha=config.focal_alpha, gamma=config.focal_gamma)
     else:
         pixelwise = bce(masks, wanted)
-    by_object = lambda x: x.reshape(ious.shape)
-    mask = by_object(pixelwise.mean((1, 2)))
-    dice_ = by_object(dice(masks, wanted))
-    true_ious = by_object(iou_of_masks(masks > 0, of_mask(target)))
-    miss = jnp.abs(ious - true_ious)
-    if config.iou_error == "mse":
-        miss = miss**2
-    cost = jnp.where(in_play, config.loss_mask * mask + config.loss_dice * dice_, jnp.inf)
-    best = jnp.argmin(cost, 1)
-    of_best = lambda x: jnp.take_along_axis(x, best[:, None], 1)[:, 0]
-    if config.iou_of == "all":
-        miss = jnp.where(in_play, miss, 0.0).sum(1) / jnp.maximum(in_play.sum(1), 1)
-    else:
-        miss = of_best(miss)
-    return of_best(mask), of_best(dice_), miss, of_best(true_ious), best
+    found = pixelwise.mean((1, 2)), dice(masks, wanted), iou_of_masks(masks > 0, truth)
+    mask, dice_, iou = (x.reshape(c, m) for x in found)
+    return mask, dice_, iou
 
 
 def iou_of_masks(a: jax.Array, b: jax.Array) -> jax.Array:

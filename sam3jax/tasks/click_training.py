@@ -1,22 +1,24 @@
 """Training rounds of clicks: a first prompt, then corrections of what came out.
 
 Answers to the training of sam2 (`SAM2Train._iter_correct_pt_sampling`) on still pictures. The trunk runs
-once per picture; rounds are a scan, each rematerialised, so that memory does not grow with them.
+once per picture; rounds are a scan, each rematerialised but for what it chose, so that memory does not grow with them.
 Clicks are drawn from the prediction on the device, and no gradient passes through a click.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sam3jax import clicks
 from sam3jax.clicks import ABSENT, BOX_END, BOX_START
 from sam3jax.config import ClicksConfig
 from sam3jax.inference.click_rounds import Asked, Objects, ask, no_prompt, objects_of, with_click
-from sam3jax.losses.interactive import RoundLosses, round_losses
+from sam3jax.losses.interactive import CHOSEN, RoundLosses, round_losses
 from sam3jax.losses.resample import resize_bilinear
 from sam3jax.model import Interactive
 from sam3jax.model.mask_decoder import MASKS
@@ -110,14 +112,15 @@ def training_rounds(
         return one_round(_corrected(objects, asked, number, batch, config), number, many)
 
     asked = first_prompt(objects, batch, g, config)
-    asked, first = jax.checkpoint(one_round, static_argnums=2)(asked, jnp.int32(0), True)
+    again = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(CHOSEN))
+    asked, first = again(one_round, static_argnums=2)(asked, jnp.int32(0), True)
     losses = [jax.tree.map(lambda x: x[None], first)]
     last = corrections(config)
     middle = min(SINGLE_FROM - 1, last)
     for numbers, many in ((range(1, middle + 1), True), (range(middle + 1, last + 1), False)):
         if numbers:
             body = lambda asked, number, many=many: correction(asked, number, many)
-            body = jax.checkpoint(body, prevent_cse=False)
+            body = again(body, prevent_cse=False)
             asked, some = jax.lax.scan(body, asked, jnp.array(numbers))
             losses.append(some)
     return jax.tree.map(lambda *x: jnp.concatenate(x), *losses), asked
@@ -145,7 +148,8 @@ def _corrected(
         # Drawn from a number that no round has.
         draw = lambda key: jax.random.randint(key, (), 1, last + 1)
         label = jnp.where(jax.vmap(draw)(_keys(objects, last + 1)) == number, ABSENT, label)
-    return with_click(asked, number, clicks.pixels(click.place, shape, size), label)
+    point, label = checkpoint_name((clicks.pixels(click.place, shape, size), label), CHOSEN)
+    return with_click(asked, number, point, label)
 
 
 def _keys(objects: Objects, number: jax.Array | int) -> jax.Array:
