@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,20 +19,11 @@ from pathlib import Path
 from convert.reading import Reading, understand
 from convert.torch_to_jax import write_folder
 from sam3jax.errors import remark
-from sam3jax.files import FileError, make_folder, write_text
+from sam3jax.files import CACHE, FileError, cache_folder, make_folder, write_text
 from sam3jax.weights.model_folder import TOKENIZER, is_model_folder
 
-PLACE = "SAM3JAX_CACHE"
 _VERSION = 1  # raised where a conversion writes something else of the same checkpoint
 _SCRATCH = ".new-"
-
-
-def place() -> Path:
-    """The folder of the cache."""
-    if own := os.environ.get(PLACE):
-        return Path(own).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "sam3jax"
 
 
 def converted(init: str | Path) -> Path:
@@ -43,8 +33,8 @@ def converted(init: str | Path) -> Path:
     Raises FileError or ConversionError, after which nothing was written.
     """
     reading = understand(init)
-    models = place() / "models"
-    target = models / _content(reading, place() / "digests")
+    models = cache_folder() / "models"
+    target = models / _content(reading, cache_folder() / "digests")
     if is_model_folder(target):
         return target
     make_folder(models)
@@ -59,7 +49,7 @@ def converted(init: str | Path) -> Path:
 
 def _convert(init: str | Path, reading: Reading, target: Path) -> None:
     size = reading.checkpoint.nbytes
-    remark(f"{init} ({size:,} bytes) is converted once into {target}, later runs read it there; {PLACE} moves it")  # fmt: skip
+    remark(f"{init} ({size:,} bytes) is converted once into {target}, later runs read it there; {CACHE} moves it")  # fmt: skip
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=target.parent))
     try:
         _, _, vocabulary, *notes = write_folder(reading, scratch / "model")

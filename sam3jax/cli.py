@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import hashlib
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sam3jax.errors import USER_ERROR
+from sam3jax.files import FileError, cache_folder, make_folder
 
 # Command: the module whose `main` it is, and what it does.
 DOORS = {
@@ -24,6 +29,7 @@ DOORS = {
     "convert": ("convert.__main__", "weights in, weights out, what is in a file"),
     "settings": ("sam3jax.settings", "list every setting with its meaning and bounds"),
 }
+_PROGRAMS = "JAX_COMPILATION_CACHE_DIR"  # jax's own name for where compiled programs are kept
 # On a CPU two devices train the tiny model in three quarters of one's time. Always two: another number
 # adds in another order, and the table differs a little. Accelerators are not concerned.
 _ENVIRONMENT = {"demo": {"JAX_NUM_CPU_DEVICES": "2"}}
@@ -60,7 +66,22 @@ def _open(command: str, arguments: list[str], prog: str) -> int:
     parser.parse(command, arguments, prog)
     for name, value in _ENVIRONMENT.get(command, {}).items():
         os.environ.setdefault(name, value)
+    if _PROGRAMS not in os.environ:
+        _keep_programs()
     return importlib.import_module(module).main(arguments)
+
+
+def _keep_programs() -> None:
+    """Let jax keep what it compiles for the next start of a command.
+
+    A folder for each kind of processor: programs for one may not run on another that shares the home.
+    """
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(errors="replace").splitlines() if about.is_file() else []
+    kind = next((x for x in lines if x.startswith(("flags", "Features"))), platform.processor())
+    name = f"{platform.machine()}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"
+    with contextlib.suppress(FileError):  # no home to write to: every start compiles
+        os.environ[_PROGRAMS] = str(make_folder(cache_folder() / "programs" / name))
 
 
 def _overview() -> str:

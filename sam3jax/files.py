@@ -14,9 +14,19 @@ from typing import Any
 
 from sam3jax.errors import DISK_FULL, UserError
 
+CACHE = "SAM3JAX_CACHE"
+
 
 class FileError(UserError):
     """A file cannot be read or written; the message says what was found and what to do."""
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $SAM3JAX_CACHE, else $XDG_CACHE_HOME/sam3jax, else ~/.cache/sam3jax."""
+    if place := os.environ.get(CACHE):
+        return Path(place).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "sam3jax"
 
 
 def at_home(word: str) -> str:

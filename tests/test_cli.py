@@ -3,6 +3,7 @@
 import ast
 import errno
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tomllib
@@ -59,6 +60,30 @@ def test_the_package_shows_its_face_without_importing_anything_heavy():
     assert sam3jax.load_config is load_config
     with pytest.raises(AttributeError, match="Trainer"):
         sam3jax.Trainer  # noqa: B018
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path, own):
+    """In the cache, or where jax is told to; a cache that cannot be written to stops nothing."""
+    code = "import os; from sam3jax import cli; cli.main(['settings', 'run']); print(os.environ.get('JAX_COMPILATION_CACHE_DIR'))"
+
+    def place(**environment):
+        kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**kept, **environment}
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    if own:
+        assert place(JAX_COMPILATION_CACHE_DIR="mine", SAM3JAX_CACHE=str(tmp_path)) == "mine"
+        (tmp_path / "file").touch()
+        assert place(SAM3JAX_CACHE=str(tmp_path / "file")) == "None"
+    else:
+        found = Path(place(SAM3JAX_CACHE=str(tmp_path)))
+        assert found.parent == tmp_path / "programs"
+        assert found.is_dir()
+        assert Path(place(XDG_CACHE_HOME=str(tmp_path))).parent == tmp_path / "sam3jax" / "programs"
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -15,7 +15,7 @@ from convert.__main__ import main
 from sam3jax import train
 from sam3jax.config import ModelConfig, load_config
 from sam3jax.data.tokenizer import build_byte_tokenizer
-from sam3jax.files import FileError
+from sam3jax.files import CACHE, FileError
 from sam3jax.weights.base import open_base
 from sam3jax.weights.model_folder import load_model_folder, open_model_folder, save_model_folder
 from sam3jax.weights.parts import leaf_shapes
@@ -53,7 +53,7 @@ def made(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def places(monkeypatch, tmp_path, made):
     """A fresh cache of conversions, and the hub's cache of `made`."""
-    monkeypatch.setenv(cache.PLACE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 

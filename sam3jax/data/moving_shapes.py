@@ -23,9 +23,10 @@ from pycocotools import mask as rle_codec
 from sam3jax.config import DataConfig
 from sam3jax.data.pictures import DataError
 from sam3jax.data.shape_pictures import SHAPES, Thing, draw, draw_background, outline
-from sam3jax.data.shapes import GROUPS, Group, cache_folder, draw_scene, written_once
+from sam3jax.data.shapes import GROUPS, Group, draw_scene, written_once
 from sam3jax.data.video_json import read_json
 from sam3jax.data.videos import VideoDataset
+from sam3jax.files import cache_folder
 
 _VERSION = 1  # of the drawing: another one means other videos under the same seed
 _SPLITS = ("train", "valid", "test")

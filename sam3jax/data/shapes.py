@@ -45,6 +45,7 @@ from sam3jax.data.shape_pictures import (
     draw_colour,
     outline,
 )
+from sam3jax.files import cache_folder
 
 _VERSION = 1  # of the drawing: another one means other pictures under the same seed
 _SPLITS = ("train", "valid", "test")
@@ -145,11 +146,6 @@ def shapes_dataset(split: str, config: DataConfig) -> Dataset:
             size=config.shapes_size,
         )
     return read_dataset(folder, split)
-
-
-def cache_folder() -> Path:
-    """Where generated data live: $SAM3JAX_CACHE, else ~/.cache/sam3jax."""
-    return Path(os.environ.get("SAM3JAX_CACHE") or Path.home() / ".cache" / "sam3jax")
 
 
 def write_shapes(

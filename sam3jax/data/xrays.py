@@ -25,7 +25,8 @@ from sam3jax.data.folders import read_dataset
 from sam3jax.data.ledger import DataError
 from sam3jax.data.records import Dataset
 from sam3jax.data.shape_pictures import SHAPES, Thing, outline
-from sam3jax.data.shapes import cache_folder, written_once
+from sam3jax.data.shapes import written_once
+from sam3jax.files import cache_folder
 
 _VERSION = 1  # of the drawing: another one means other pictures under the same seed
 _SPLITS = ("train", "valid", "test")

@@ -15,9 +15,9 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.features import FeatureStore, stamps_of
 from sam3jax.data.loader import view_of
 from sam3jax.data.sampling import fingerprint
-from sam3jax.data.shapes import cache_folder
 from sam3jax.data.videos import VideoDataset
 from sam3jax.evaluation.progress import progress
+from sam3jax.files import cache_folder
 from sam3jax.inference.trunk_features import checksum, fill
 from sam3jax.model import Sam3
 from sam3jax.weights.trainable import adapted_entries, trained_entries
