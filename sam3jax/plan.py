@@ -19,18 +19,23 @@ from sam3jax.training.micro_batch import choose, most_that_fits
 from sam3jax.weights.start import is_hub_id
 
 GB = 1e9
-# What may be tried where a step does not fit, and what it costs besides.
-REMEDIES = (
-    ("micro_batch=1", "more updates of one picture at a time, the same result"),
-    ("model.remat=true", "a third more computation"),
-    ("model.compute_dtype=bfloat16", "products in half precision"),
-    ("loss.mask_chunk=1", "masks one after the other"),
-    ("loss.mask_resolution=prediction", "masks are compared at a quarter of the picture's edge"),
-    ("data.max_prompts=1", "one phrase a picture in each update"),
-    ("shard=true", "every layer waits for its weights from the other devices"),
-    ("base_dtype=int8", "weights that are not trained are rounded to eight bits"),
-    ("lora.targets=[transformer.decoder.layers.*]", "the trunk and the fusion stay as they are"),
-)
+# What may be tried where a step does not fit, and what it costs besides; of which tasks, where not of all.
+_PHRASES = ("detect", "clips")
+REMEDIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("micro_batch=1", "more updates of one picture at a time, the same result", ()),
+    ("model.remat=true", "a third more computation", ()),
+    ("model.compute_dtype=bfloat16", "products in half precision", ()),
+    ("loss.mask_chunk=1", "masks one after the other", _PHRASES),
+    ("loss.mask_resolution=prediction", "masks are compared at a quarter of the picture's edge", _PHRASES),
+    ("data.max_prompts=1", "one phrase a picture in each update", _PHRASES),
+    ("clips.frames_at_once=1", "frames one after the other, computed again for the gradient", ("clips",)),
+    ("clicks.objects_at_once=1", "masks one after the other", ("clicks",)),
+    ("clicks.mask_resolution=prediction", "masks are compared at a quarter of the picture's edge", ("clicks",)),
+    ("clicks.objects=1", "one object a picture in each update", ("clicks",)),
+    ("shard=true", "every layer waits for its weights from the other devices", ()),
+    ("base_dtype=int8", "weights that are not trained are rounded to eight bits", ()),
+    ("lora.targets=[transformer.decoder.layers.*]", "the trunk and the fusion stay as they are", _PHRASES),
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,8 +128,8 @@ def describe(found: plan.Needs, config: Config, card: targets.Card, devices: int
 def remedies(config: Config, devices: Sequence[Any]) -> list[tuple[str, plan.Needs, str]]:
     """(setting, needs, what it costs) of the three settings that save most, each compiled by itself."""
     tried = []
-    for setting, cost in REMEDIES:
-        if setting == "shard=true" and len(devices) == 1:
+    for setting, cost, tasks in REMEDIES:
+        if (setting == "shard=true" and len(devices) == 1) or (tasks and config.task not in tasks):
             continue
         try:
             changed = _with(config, setting)

@@ -85,6 +85,18 @@ def test_the_largest_micro_batch_is_the_largest_that_fits(monkeypatch, gigabytes
     assert (found.peak > room) == (most == 0)
 
 
+@pytest.mark.parametrize(("frames", "devices"), [(1, 1), (3, 1), (3, 2), (4, 2)])
+def test_the_search_asks_for_whole_clips(monkeypatch, frames, devices):
+    """Any number of frames may be held at once; a batch is of whole clips."""
+    asked = []
+    monkeypatch.setattr(plan, "needs", lambda c, d: asked.append(c) or linear(c, d))
+    config = parse_config({"task": "clips", "clips": {"frames": frames}})
+    most, _ = micro_batch.most_that_fits(config, [None] * devices, 20e9)
+    assert most == 8
+    for c in asked:
+        assert c.batch_size % frames == c.batch_size % (c.micro_batch * devices) == 0
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_what_is_found_fits_and_takes_few_compilations(seed):
     """Any memory that grows, in any bend: what is chosen was compiled and fits. On a line it is the largest."""
@@ -245,6 +257,24 @@ def test_only_remedies_that_go_with_the_run_are_tried(monkeypatch, train, device
     command.remedies(small_config(train=train, batch_size=16, micro_batch=2), [None] * devices)
     assert any(c.shard for c in asked) == (devices > 1)
     assert any(c.base_dtype == "int8" for c in asked) == (train == "lora")
+
+
+@pytest.mark.parametrize(
+    ("task", "own"),
+    [("detect", "loss.mask_chunk"), ("clips", "loss.mask_chunk"), ("clicks", "clicks.")],
+)
+def test_remedies_are_of_settings_that_the_task_reads(monkeypatch, task, own, capsys):
+    monkeypatch.setattr(plan, "needs", linear)
+    config = small_config(task=task, batch_size=16, micro_batch=2)
+    command.remedies(config, [None])
+    tried = capsys.readouterr().out
+    assert f"tried {own}" in tried
+    foreign = {
+        "detect": ("clips.", "clicks."),
+        "clips": ("clicks.",),
+        "clicks": ("clips.", "loss.", "data."),
+    }
+    assert not any(f"tried {section}" in tried for section in foreign[task])
 
 
 def test_a_hub_id_is_planned_for_without_its_weights(words, monkeypatch, capsys):

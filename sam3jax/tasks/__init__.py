@@ -28,11 +28,15 @@ class Task(Protocol):
     batch_spec: PartitionSpecs of a batch, a prefix of its tree: P(AXIS) for what is split over pictures,
     P() for what every device holds.
     best_by: metrics by which checkpoints are judged where the user names none; the first that is measured.
+    together: pictures that come together, so that batch_size is a multiple: the frames of a clip, else 1.
     """
 
     parts: tuple[str, ...]
     batch_spec: Any
     best_by: tuple[str, ...]
+
+    @property
+    def together(self) -> int: ...
 
     def open(self, tokenizer: Tokenizer) -> Any:
         """The training and validation data. Raises DataError."""

@@ -55,6 +55,7 @@ class Clicks:
     parts = CLICKS.parts
     batch_spec: Any = ClickBatch(*(_SPLIT,) * 8)
     best_by: tuple[str, ...] = ("clicks/mIoU@3", "clicks/mIoU@1")
+    together = 1
 
     def __init__(self, config: Config, backend: str | None = None) -> None:
         self.config = config

@@ -62,6 +62,10 @@ class Clips(Detection):
         image_id=_SPLIT, clip=_SPLIT, frame=_SPLIT, stage=_SPLIT, object_id=_SPLIT,
     )  # fmt: skip
 
+    @property
+    def together(self) -> int:
+        return self.config.clips.frames
+
     def open(self, tokenizer: Tokenizer) -> Any:
         train, valid, notes = open_videos(self.config)
         pictures = [pictures_of(d) for d in (train, valid) if d is not None]

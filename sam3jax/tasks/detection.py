@@ -73,6 +73,10 @@ class Detection:
         self._features: FeatureStore | None = None
         self._loader: TrainLoader | None = None
 
+    @property
+    def together(self) -> int:
+        return 1
+
     def open(self, tokenizer: Tokenizer) -> DetectionData:
         train, valid = open_datasets(self.config)
         phrases = vocabulary(self.config.data, *filter(None, (train, valid)))

@@ -191,7 +191,7 @@ def _bytes(shapes: str) -> int:
 
 
 def with_micro_batch(config: Config, micro_batch: int, devices: int) -> Config:
-    """The same run with that many pictures a device at once, and one micro-batch an update."""
-    return config.model_copy(
-        update={"micro_batch": micro_batch, "batch_size": micro_batch * devices}
-    )
+    """The same run with that many pictures a device at once, and as few micro-batches an update as may be."""
+    held = micro_batch * devices
+    update = math.lcm(held, TASKS[config.task](config, None).together)
+    return config.model_copy(update={"micro_batch": micro_batch, "batch_size": update})
