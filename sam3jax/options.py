@@ -48,20 +48,7 @@ def _train(parser: Parser) -> None:
     )
     parser.add_argument("--config", help="YAML file, or a name such as lora_coco")
     _add_settings(parser)
-    hosts = parser.add_argument_group(
-        "many hosts", "the same command on each; the run folder on a disk that all of them see"
-    )
-    hosts.add_argument(
-        "--distributed",
-        action="store_true",
-        help="take the rest from the cluster (Slurm, MPI, TPU, ...)",
-    )
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
-    hosts.add_argument("--num-processes", type=int)
-    hosts.add_argument("--process-id", type=int, help="0, 1, ...")
-    hosts.add_argument(
-        "--wait", type=_seconds, default=240, metavar="SECONDS", help="for the others; default 240"
-    )
+    _add_hosts(parser, "the run folder on a disk that all of them see")
 
 
 def _evaluate(parser: Parser) -> None:
@@ -74,6 +61,7 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--probe", metavar="DATA", help="second data set that must not degrade")
     parser.add_argument("--probe-split", default="valid", metavar="SPLIT")
     parser.add_argument("--output", help="folder to write into; default: the run folder")
+    _add_hosts(parser, "run folder and data on disks that all of them see")
     parser.add_argument(
         "--clicks", type=_clicks, metavar="N", help="clicks per object; default: the run's"
     )
@@ -113,7 +101,7 @@ def _predict(parser: Parser) -> None:
     parser.add_argument(
         "--nms", type=_score, metavar="IOU",
         help="of two finds of a phrase whose masks overlap by more, the weaker is left out; 1 keeps all; default: "
-        "the run's evaluation.shown_nms, 0.5",
+        "the run's evaluation.shown_nms, 0.5, and 0.1 in videos",
     )  # fmt: skip
     parser.add_argument(
         "--tile",
@@ -148,12 +136,11 @@ def _predict(parser: Parser) -> None:
     clicks.add_argument("--grid", type=_grid, metavar="N", help="with --everything: clicks along an edge, default 32")  # fmt: skip
     clicks.add_argument("--crops", type=int, choices=range(4), help="with --everything: further layers of crops, default 0")  # fmt: skip
     clicks.add_argument("--least-iou", type=_score, metavar="IOU", help="with --everything: least predicted IoU of a mask, default 0.88")  # fmt: skip
+    clicks.add_argument("--least-stability", type=_score, metavar="IOU", help="with --everything: of a mask with itself at two thresholds, default 0.95")  # fmt: skip
     video = parser.add_argument_group("videos")
     video.add_argument("--video", action="store_true", help="each folder named is one video")
     video.add_argument("--reverse", action="store_true", help="from the last frame to the first")
-    video.add_argument(
-        "--frames-per-device", type=int, default=1, metavar="N", help="at a time, default 1"
-    )
+    video.add_argument("--frames-per-device", type=_whole, metavar="N", help="at a time, default 1")
 
 
 def _plan(parser: Parser) -> None:
@@ -259,7 +246,22 @@ PARSERS: dict[str, Callable[[Parser], None]] = {
     "plan": _plan,
     "settings": _list_settings,
 }
-TAKE_SETTINGS = ("train", "demo", "doctor", "plan")
+TAKE_SETTINGS = ("train", "evaluate", "demo", "doctor", "plan")
+
+
+def _add_hosts(parser: Parser, disks: str) -> None:
+    hosts = parser.add_argument_group("many hosts", f"the same command on each; {disks}")
+    hosts.add_argument(
+        "--distributed",
+        action="store_true",
+        help="take the rest from the cluster (Slurm, MPI, TPU, ...)",
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    hosts.add_argument("--num-processes", type=int)
+    hosts.add_argument("--process-id", type=int, help="0, 1, ...")
+    hosts.add_argument(
+        "--wait", type=_seconds, default=240, metavar="SECONDS", help="for the others; default 240"
+    )
 
 
 def _add_settings(parser: Parser) -> None:

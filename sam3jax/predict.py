@@ -34,7 +34,7 @@ from sam3jax.options import parse
 from sam3jax.predict_clicks import overlay_name, predict_clicks, wants_clicks
 from sam3jax.predict_video import predict_videos, video_folders, wants_video
 from sam3jax.training.mesh import local_mesh
-from sam3jax.video.chunks import ChunkOptions
+from sam3jax.video.chunks import NMS_IOU
 from sam3jax.viewing.asking import phrase_list
 from sam3jax.viewing.predictor import Predictor, PromptError
 from sam3jax.viewing.results import PREDICTIONS, Record, check_results, clear_stale
@@ -83,9 +83,9 @@ def _run(options: argparse.Namespace) -> int:
         raise PromptError(
             "--base is the model that a run started from: give --run, or leave --base out"
         )
-    grid = (options.grid, options.crops, options.least_iou)
+    grid = (options.grid, options.crops, options.least_iou, options.least_stability)
     if any(x is not None for x in grid) and not options.everything:
-        raise PromptError("--grid, --crops and --least-iou go with --everything")
+        raise PromptError("--grid, --crops, --least-iou and --least-stability go with --everything")
     if wants_clicks(options):
         return _run_clicks(options)
     if not options.phrase and not options.box:
@@ -93,6 +93,12 @@ def _run(options: argparse.Namespace) -> int:
             "nothing to look for: give --phrase, --box around an example, --points on an object, or --everything"
         )
     film = wants_video(options)
+    if film and options.frame:
+        raise PromptError("--frame is for files of several pages; a video's frames are all asked")
+    if not film and (options.reverse or options.frames_per_device is not None):
+        raise PromptError(
+            "--reverse and --frames-per-device are for videos: give a film, or --video"
+        )
     files = options.pictures if film else find_pictures(options.pictures)
     if options.tile and (film or options.box or options.negative_box):
         raise PromptError("--tile goes with --phrase on pictures alone: a box lies in one tile")
@@ -119,8 +125,11 @@ def _run(options: argparse.Namespace) -> int:
         predictor.check_phrase(phrase)
     output = make_folder(options.output)
     if film:
-        chunk = ChunkOptions()._replace(frames_per_device=options.frames_per_device)
-        asked = predictor.of_videos(threshold=options.threshold, options=chunk)
+        asked = predictor.of_videos(
+            threshold=options.threshold,
+            nms=NMS_IOU if options.nms is None else options.nms,
+            frames_per_device=options.frames_per_device or 1,
+        )
         return int(bool(predict_videos(asked, files, options, output, predictor.reading)))
     failed = predict_files(predictor, files, output, options)
     return _finish(options, len(files), failed, output)

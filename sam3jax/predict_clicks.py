@@ -69,7 +69,7 @@ def predict_clicks(options: argparse.Namespace, files: Sequence[Path], output: P
             print(f"[{number}/{len(files)}] {plain(file)}: {len(found)} masks")
     if options.everything and not masks_found and failed < len(files):
         remark(
-            "no mask was sure enough: a smaller --least-iou keeps more, a larger --grid clicks closer together"
+            "no mask was sure enough: a smaller --least-iou or --least-stability keeps more, a larger --grid clicks closer together"
         )
     return failed
 
@@ -83,7 +83,9 @@ def _ask(
     predictor: ClickPredictor, picture: Image.Image, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     if options.everything:
-        given = {"side": options.grid, "crops": options.crops, "iou": options.least_iou}
+        given = {
+            "side": options.grid, "crops": options.crops, "iou": options.least_iou, "stability": options.least_stability,
+        }  # fmt: skip
         grid = GridOptions(**{name: value for name, value in given.items() if value is not None})
         return everything(predictor, picture, grid)
     predictor.set_image(picture)

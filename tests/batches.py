@@ -11,6 +11,7 @@ from sam3jax.config import Config, ModelConfig, parse_config
 from sam3jax.model.init import init_params
 from sam3jax.types import Batch, Prompts, Targets
 from sam3jax.weights.lora import init_lora
+from sam3jax.weights.names import DEFAULT_PARTS
 from sam3jax.weights.trainable import split
 
 SMALL_MODEL = dict(
@@ -81,11 +82,11 @@ def random_batch(config: Config, seed: int, counts: np.ndarray, exemplars: int =
 
 
 @functools.cache
-def small_params(model: ModelConfig, seed: int = 0):
-    """Parameters of a model with nothing left at zero."""
+def small_params(model: ModelConfig, seed: int = 0, parts=DEFAULT_PARTS):
+    """Parameters of a model with nothing left at zero. parts: of the table of names."""
     rng = np.random.default_rng(seed)
     noise = lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32)
-    return jax.tree.map(noise, init_params(model, seed))
+    return jax.tree.map(noise, init_params(model, seed, parts))
 
 
 def small_split(config: Config):

@@ -1,6 +1,7 @@
 """Prompts of people: what cannot be asked is named; answers do not depend on neighbours or padding."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pycocotools import mask as rle_codec
 from sam3jax import predict
 from sam3jax.viewing.click_predictor import ClickPredictor
 from sam3jax.viewing.click_prompts import prompted
-from sam3jax.viewing.everything import GridOptions, crop_boxes, everything, without_doubles
+from sam3jax.viewing.everything import GridOptions, crop_boxes, everything, is_cut, without_doubles
 from sam3jax.viewing.predictor import PromptError
 
 WIDTH, HEIGHT, SIZE, GRID = 120, 80, 168, 12
@@ -163,7 +164,51 @@ def test_everything_is_found_once_in_coco_form(predictor, picture):
         assert record["area"] > 0
     assert [r["score"] for r in found] == sorted((r["score"] for r in found), reverse=True)
     doubles = [dict(r, score=r["score"] / 2) for r in found]
-    assert without_doubles([*doubles, *found], 0.7) == found
+    assert without_doubles([*found, *doubles], 0.7) == found
+
+
+def test_of_doubles_in_two_crops_the_finer_one_is_kept(picture):
+    """As SAM's generator: a crop sees more detail, whatever score the whole picture's mask has."""
+    square = np.zeros((HEIGHT, WIDTH), np.uint8)
+    square[30:50, 20:40] = 1
+
+    class Answers(SimpleNamespace):
+        picture = None
+
+        def set_image(self, picture):
+            self.picture = picture
+
+        def predict(self, points):
+            whole = self.picture.size == (WIDTH, HEIGHT)
+            width, height = self.picture.size
+            mask = square if whole else square[:height, :width]
+            size = (len(points), 1)
+            masks = np.broadcast_to(mask, (*size, *mask.shape)) > 0
+            return SimpleNamespace(
+                masks=masks, ious=np.full(size, 0.95 if whole else 0.9), stability=np.ones(size)
+            )
+
+    options = GridOptions(side=1, crops=1, edge=0)
+    found = everything(Answers(), picture, options)
+    assert {r["score"] for r in found} == {0.9}
+    assert all(r["crop_box"][2:] != [WIDTH, HEIGHT] for r in found)
+    assert [r["score"] for r in everything(Answers(), picture, GridOptions(side=1))] == [0.95]
+
+
+@pytest.mark.parametrize(
+    ("box", "cut"),
+    [
+        ((100, 100, 50, 50), False),
+        ((100, 100, 190, 50), True),  # ends 10 pixels from the crop's right edge
+        ((100, 100, 170, 50), False),  # 30 pixels
+        ((5, 100, 50, 50), False),  # the left edge is the picture's
+        ((15, 15, 280, 50), True),  # left and top are, right is not
+    ],
+)
+def test_what_ends_near_a_crops_edge_is_cut(box, cut):
+    """Twenty pixels, as in segment_anything.utils.amg.is_box_near_crop_edge."""
+    assert is_cut(box, (0, 0, 300, 300), (600, 600), 20) == cut
+    assert not is_cut(box, (0, 0, 300, 300), (300, 300), 20)
 
 
 def test_crops_cover_the_picture():
@@ -191,7 +236,7 @@ def test_the_command_clicks(tmp_path, picture, capsys):
     assert "label 7" in capsys.readouterr().err
     assert predict.main([*base, "--points", "30,40", "--everything"]) == 2
     assert predict.main([*base, "--everything", "--grid", "1", "--least-iou", "1"]) == 0
-    assert "a smaller --least-iou keeps more" in capsys.readouterr().err
+    assert "a smaller --least-iou or --least-stability keeps more" in capsys.readouterr().err
     for wrong, words in (
         (["--points", "30,40", "--threshold", "0.5"], "go with --phrase"),
         (["--points", "30,40", "--grid", "4"], "go with --everything"),

@@ -10,10 +10,19 @@ import numpy as np
 import pytest
 
 from sam3jax.model import Sam3
+from sam3jax.model.tracker_neck import TrackerNeck
 from sam3jax.training.mesh import make_mesh
 from sam3jax.types import Prompts
 from sam3jax.video import chunks
-from sam3jax.video.chunks import ChunkOptions, VideoDetector, detect_frame, joint_logits
+from sam3jax.video.chunks import (
+    ChunkOptions,
+    SecondNeck,
+    Thresholds,
+    VideoDetector,
+    detect_frame,
+    joint_logits,
+)
+from sam3jax.weights.scope import CLICKS
 from tests.batches import small_config, small_params
 from tests.xla import AS_USERS_COMPILE
 
@@ -23,15 +32,8 @@ CONFIG = small_config()
 MODEL = Sam3(CONFIG.model)
 PROMPTS = 3
 # Untrained scores are low: thresholds at which some detections stay and some go.
-OPTIONS = ChunkOptions(keep=5, prob_threshold=0.3, iou_threshold=0.6)
-
-
-def stub_levels(variables, frames):
-    """In place of a second neck: three levels made of the picture."""
-    x = frames.astype("float32").mean(-1, keepdims=True)
-    return tuple(
-        x[:, ::s, ::s] * variables["params"]["scoring"]["hs_proj"]["bias"][:4] for s in (3, 6, 12)
-    )
+OPTIONS, THRESHOLDS = ChunkOptions(keep=5), Thresholds(0.3, 0.6)
+LEVELS = SecondNeck(CONFIG.model)
 
 
 def video(frames: int, seed: int = 0) -> np.ndarray:
@@ -52,7 +54,7 @@ def as_users_compile():
 def asked():
     """(variables, text, prompts)"""
     rng = np.random.default_rng(1)
-    variables = {"params": small_params(CONFIG.model)}
+    variables = {"params": small_params(CONFIG.model, parts=CLICKS.parts)}
     tokens = np.zeros((PROMPTS, CONFIG.model.text_length), np.int32)
     tokens[:, :4] = rng.integers(1, CONFIG.model.vocab_size, (PROMPTS, 4))
     text = jax.jit(lambda v, t: MODEL.apply(v, t, method="encode_text"))(variables, tokens)
@@ -66,9 +68,11 @@ def asked():
     return variables, jax.device_get(text), prompts
 
 
-def detector(asked, devices: int, options: ChunkOptions = OPTIONS, levels=stub_levels):
+def detector(
+    asked, devices: int, options: ChunkOptions = OPTIONS, levels=LEVELS, thresholds=THRESHOLDS
+):
     mesh = make_mesh(jax.devices()[:devices])
-    return VideoDetector(MODEL, *asked, mesh, options, levels)
+    return VideoDetector(MODEL, *asked, mesh, options, thresholds, levels)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def one_by_one(asked):
     variables, text, prompts = asked
     size = CONFIG.model.image_size
     squashed = [detector(asked, 1)._squashed(f) for f in video(11)]
-    frame = lambda v, t, p, x: detect_frame(MODEL, OPTIONS, stub_levels, v, t, p, x)
+    frame = lambda v, t, p, x: detect_frame(MODEL, OPTIONS, LEVELS, v, t, p, THRESHOLDS, x)
     one = jax.jit(frame, compiler_options=AS_USERS_COMPILE)
     assert squashed[0].shape == (size, size, 3)
     return [jax.device_get(one(variables, text, prompts, x)) for x in squashed]
@@ -124,8 +128,8 @@ def test_the_joint_score_is_class_times_presence():
 
 
 def test_the_joint_score_is_a_switch(asked, one_by_one):
-    options = OPTIONS._replace(joint_presence=False, prob_threshold=0.0, iou_threshold=1.0)
-    ((_, found),) = detector(asked, 1, options, None).detections(video(1))
+    options, all_stay = OPTIONS._replace(joint_presence=False), Thresholds(0.0, 1.0)
+    ((_, found),) = detector(asked, 1, options, None, all_stay).detections(video(1))
     assert found.levels is None
     variables, text, prompts = asked
     pixels = detector(asked, 1)._squashed(video(1)[0])
@@ -137,6 +141,32 @@ def test_the_joint_score_is_a_switch(asked, one_by_one):
     want = -np.sort(-np.asarray(outputs.o2o.logits[-1]), -1)[:, : OPTIONS.keep]
     np.testing.assert_allclose(found.logits, want, rtol=1e-5)
     assert not np.allclose(found.logits, one_by_one[0].logits, atol=1e-3)
+
+
+def test_levels_are_the_second_necks(asked, one_by_one):
+    """Those that the interactive path is made of, before its own projections."""
+    variables = asked[0]
+    pixels = detector(asked, 1)._squashed(video(1)[0])
+    trunk = MODEL.apply(variables, pixels[None], method="encode_trunk")
+    want = TrackerNeck(CONFIG.model).apply({"params": variables["params"]["tracker_neck"]}, trunk)
+    sizes = [x.shape[0] // CONFIG.model.grid for x in one_by_one[0].levels]
+    assert sizes == [4, 2, 1]
+    for got, level in zip(one_by_one[0].levels, want, strict=True):
+        np.testing.assert_allclose(got.astype(np.float32), level[0], rtol=1e-2, atol=1e-3)
+
+
+def test_thresholds_are_of_each_phrase_and_compile_nothing(asked):
+    """The first phrase drops all, the second nothing, and one program does both."""
+    every, none = (detector(asked, 1, thresholds=Thresholds(p, 1.0)) for p in (0.0, 1.0))
+    mixed = detector(asked, 1, thresholds=Thresholds([1.0, 0.0, 0.0], 1.0))
+    ((_, all_stay),) = every.detections(video(1))
+    programs = chunks._detect_chunk._cache_size()
+    ((_, got),) = mixed.detections(video(1))
+    ((_, nothing),) = none.detections(video(1))
+    assert chunks._detect_chunk._cache_size() == programs
+    assert (nothing.logits < -100).all()
+    np.testing.assert_array_equal(got.logits[0], nothing.logits[0])
+    np.testing.assert_array_equal(got.logits[1:], all_stay.logits[1:])
 
 
 @pytest.mark.parametrize("frames", [0, 1])

@@ -19,9 +19,9 @@ from sam3jax.data.video_folders import read_videos
 from sam3jax.options import parse
 from sam3jax.predict import Predictor, PromptError
 from sam3jax.predict_video import predict_videos
+from sam3jax.video import chunks
 from sam3jax.video.association import Rules
 from sam3jax.video.objects import VideoFrame, VideoObject
-from sam3jax.video.predictor import VideoPredictor
 from sam3jax.video.results import VideoResults
 from sam3jax.viewing import film
 from sam3jax.viewing.draw import Instance
@@ -125,10 +125,7 @@ def predictor(tmp_path_factory):
 def test_a_video_is_asked_frame_by_frame_both_ways(predictor):
     frames, phrases = made.pictures(11), ["red square", "dog"]
     video = predictor.of_videos()
-    rules = Rules(hot_start=3, unmatched=3, duplicate=3, new_score=0.0)
-    video = VideoPredictor(
-        video._model, video._variables, video._tokenizer, predictor.config, rules=rules
-    )
+    video.rules = Rules(hot_start=3, unmatched=3, duplicate=3, new_score=0.0)
     forwards = list(video.objects(frames, phrases))
     backwards = list(video.objects(frames, phrases, reverse=True))
     assert [f.number for f in forwards] == list(range(11))
@@ -147,6 +144,50 @@ def test_a_video_is_asked_frame_by_frame_both_ways(predictor):
     assert list(predictor.video([], phrases)) == []
     with pytest.raises(PromptError, match="empty"):
         next(predictor.video(frames, [""]))
+
+
+def test_fewer_phrases_and_other_thresholds_take_the_same_program(predictor):
+    frames = made.pictures(3)
+    phrases = ["red square", "dog", "blue circle"]
+    video = predictor.of_videos()
+    all_three = [f for _, f in video.detections(frames, phrases)]
+    programs = chunks._detect_chunk._cache_size()
+    video.thresholds = {"dog": 0.9}
+    two = [f for _, f in video.detections(frames, phrases[:2])]
+    assert chunks._detect_chunk._cache_size() == programs
+    alone = [f for _, f in predictor.of_videos().detections(frames, phrases[:1])]
+    for got, first, want in zip(two, alone, all_three, strict=True):
+        assert got.logits.shape == (2, *want.logits.shape[1:])
+        np.testing.assert_allclose(got.logits[0], want.logits[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(first.logits[0], want.logits[0], rtol=1e-4, atol=1e-4)
+        assert (got.logits[1] < -100).all()
+
+
+def test_a_trackers_input_needs_the_second_neck(predictor):
+    with pytest.raises(PromptError, match="no interactive heads"):
+        predictor.of_videos(levels=True)
+    tiny = Predictor.from_model_folder("shipped:tiny_shapes")
+    ((_, found),) = tiny.of_videos(levels=True).detections(made.pictures(1), ["red circle"])
+    assert [x.shape[0] for x in found.levels] == [48, 24, 12]
+    assert {str(x.dtype) for x in found.levels} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["x.mp4", "--frame", "2"], "--frame is for files"),
+        (["x.png", "--reverse"], "are for videos"),
+        (["x.png", "--frames-per-device", "2"], "are for videos"),
+        (["x.mp4", "--frames-per-device", "0"], "whole number from 1"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, match, capsys):
+    try:
+        status = predict.main([*words, "--run", "R", "--phrase", "cat"])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert match in " ".join(capsys.readouterr().err.split())
 
 
 def options_of(*more: str):

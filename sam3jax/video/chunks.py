@@ -12,6 +12,7 @@ Answers to forward_video_grounding_multigpu (sam3.model.sam3_image). One process
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,18 +23,23 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from sam3jax.boxes import cxcywh_to_xyxy
+from sam3jax.config import ModelConfig
 from sam3jax.data import transforms
+from sam3jax.errors import UserError
 from sam3jax.model import Sam3, draw_masks
+from sam3jax.model.tracker_neck import TrackerNeck
 from sam3jax.types import Outputs, Prompts, TextFeatures
 from sam3jax.video.nms import lower, nms
 from sam3jax.video.schedule import Chunk, chunks
 
 Variables = Any
-# (variables, frames [1, Y, X, 3] uint8) -> arrays [1, ...]: what a tracker reads beside detections.
+# (variables, the trunk's features [1, y, x, D]) -> arrays [1, ...]: what a tracker reads beside detections.
 Levels = Callable[[Variables, jax.Array], Any]
 
+NMS_IOU = 0.1  # of masks of one phrase, as published for videos
 _EPSILON = 1e-3  # of the published inverse sigmoid: probabilities stay within .001 to .999
 _LOGIT_CLAMP = 10.0
 
@@ -45,12 +51,36 @@ class ChunkOptions(NamedTuple):
     without it presence is ignored here. mask_dtype: of the mask logits that leave the device.
     """
 
-    keep: int = 32
-    prob_threshold: float = 0.5
-    iou_threshold: float = 0.1
+    keep: int = 100
     joint_presence: bool = True
     mask_dtype: str = "float32"
     frames_per_device: int = 1
+
+
+class Thresholds(NamedTuple):
+    """Which detections stay; other values compile nothing anew. The defaults are the published ones.
+
+    prob: one for all phrases, or one for each of P, [P]. iou: of masks, from which of two detections
+    the weaker one is dropped.
+    """
+
+    prob: ArrayLike = 0.5
+    iou: ArrayLike = NMS_IOU
+
+
+@dataclass(frozen=True)
+class SecondNeck:
+    """`Levels` of the second neck, which a tracker reads: three arrays, finest first, [1, 4y, 4x, D],
+    [1, 2y, 2x, D] and [1, y, x, D].
+
+    Variables must hold `tracker_neck`.
+    """
+
+    config: ModelConfig
+
+    def __call__(self, variables: Variables, trunk: jax.Array) -> Any:
+        own = {"params": variables["params"]["tracker_neck"]}
+        return TrackerNeck(self.config).apply(own, trunk)
 
 
 class FrameDetections(struct.PyTreeNode):
@@ -67,6 +97,11 @@ class FrameDetections(struct.PyTreeNode):
     masks: jax.Array
     query: jax.Array
     levels: Any = None
+
+    def of_phrases(self, number: int) -> FrameDetections:
+        """Of the first phrases alone."""
+        own = jax.tree.map(lambda x: x[:number], self.replace(levels=None))
+        return own.replace(levels=self.levels)
 
 
 def joint_logits(outputs: Outputs) -> jax.Array:
@@ -87,10 +122,12 @@ def detect_frame(
     variables: Variables,
     text: TextFeatures,
     prompts: Prompts,
+    thresholds: Thresholds,
     frame: jax.Array,
 ) -> FrameDetections:
     """frame [Y, X, 3] uint8, prompts of one picture (I = 1)."""
-    image = model.apply(variables, frame[None], method="encode_image")
+    trunk: Any = model.apply(variables, frame[None], method="encode_trunk")
+    image = model.apply(variables, trunk, method="from_trunk")
     outputs: Any = model.apply(variables, image, text, prompts, method="detect")
     last = outputs.o2o
     logits = last.logits[-1].astype(jnp.float32)
@@ -99,8 +136,8 @@ def detect_frame(
     keep = nms(
         jax.nn.sigmoid(logits),
         masks > 0,
-        prob_threshold=options.prob_threshold,
-        iou_threshold=options.iou_threshold,
+        prob_threshold=thresholds.prob,
+        iou_threshold=thresholds.iou,
     )
     ranked, query = lax.top_k(lower(logits, keep), min(options.keep, logits.shape[-1]))  # [P, K]
     boxes = jnp.take_along_axis(last.boxes[-1].astype(jnp.float32), query[..., None], axis=1)
@@ -111,7 +148,7 @@ def detect_frame(
         boxes_xyxy=cxcywh_to_xyxy(boxes),
         masks=masks.astype(options.mask_dtype),
         query=query,
-        levels=None if levels is None else _bfloat16(levels(variables, frame[None])),
+        levels=None if levels is None else _bfloat16(levels(variables, trunk)),
     )
 
 
@@ -124,26 +161,27 @@ def _detect_chunk(
     variables: Variables,
     text: TextFeatures,
     prompts: Prompts,
+    thresholds: Thresholds,
     frames: jax.Array,
 ) -> FrameDetections:
     """frames [W, Y, X, 3] uint8, split over the mesh -> every frame's detections on every device."""
     split = P(mesh.axis_names)
 
-    def one_device(variables, text, prompts, frames):
-        one = partial(detect_frame, model, options, levels, variables, text, prompts)
+    def one_device(variables, text, prompts, thresholds, frames):
+        one = partial(detect_frame, model, options, levels, variables, text, prompts, thresholds)
         return lax.map(one, frames)  # one frame at a time: memory follows one frame
 
     # Out as split and then constrained: XLA makes one all-gather a leaf of it. An all_gather inside
     # is refused under check_vma, since its result is not provably equal on all devices.
     sharded = jax.shard_map(
-        one_device, mesh=mesh, in_specs=(P(), P(), P(), split), out_specs=split, check_vma=True
+        one_device, mesh=mesh, in_specs=(*[P()] * 4, split), out_specs=split, check_vma=True
     )
-    found = sharded(variables, text, prompts, frames)
+    found = sharded(variables, text, prompts, thresholds, frames)
     return lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
 
 
 class VideoDetector:
-    """Asks the same phrases of all frames of a video. Compiled once for all videos.
+    """Asks the same phrases of all frames of a video. Compiled once for all videos and thresholds.
 
     variables, text and prompts (of one picture, I = 1) are placed on every device of the mesh here.
     """
@@ -156,12 +194,20 @@ class VideoDetector:
         prompts: Prompts,
         mesh: Mesh,
         options: ChunkOptions = ChunkOptions(),  # noqa: B008 - a constant
+        thresholds: Thresholds = Thresholds(),  # noqa: B008 - a constant
         levels: Levels | None = None,
     ) -> None:
+        if options.frames_per_device < 1:
+            raise UserError(f"{options.frames_per_device} frames a device: give 1 or more")
         self.options, self._model, self._mesh, self._levels = options, model, mesh, levels
         self._size = model.config.image_size
         everywhere = NamedSharding(mesh, P())
-        self._inputs = jax.device_put((variables, text, prompts), everywhere)
+        asked = prompts.text_id.shape[1]
+        limits = Thresholds(
+            np.broadcast_to(np.asarray(thresholds.prob, np.float32), asked),
+            np.asarray(thresholds.iou, np.float32),
+        )
+        self._inputs = jax.device_put((variables, text, prompts, limits), everywhere)
         self._split = NamedSharding(mesh, P(mesh.axis_names))
 
     @property

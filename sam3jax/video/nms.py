@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 LOWERED = 1e4  # what a dropped detection's logit loses, as published
 
@@ -17,19 +18,21 @@ def nms(
     probs: jax.Array,
     masks: jax.Array,
     *,
-    prob_threshold: float = 0.5,
-    iou_threshold: float = 0.1,
+    prob_threshold: ArrayLike = 0.5,
+    iou_threshold: ArrayLike = 0.1,
 ) -> jax.Array:
     """Which detections stay: those above the probability that overlap no stronger one that stays.
 
-    probs [..., Q]; masks [..., Q, Y, X] bool -> keep [..., Q] bool. Both thresholds are strict: a
-    probability or an IoU equal to its threshold does not exceed it. Of equal probabilities the
-    later detection counts as the stronger, as in the published order.
+    probs [..., Q]; masks [..., Q, Y, X] bool -> keep [..., Q] bool. Both thresholds are one number, or
+    one for each row [...], and strict: a probability or an IoU equal to its threshold does not exceed
+    it. Of equal probabilities the later detection counts as the stronger, as in the published order.
     """
     chex.assert_equal_shape_prefix([probs, masks], probs.ndim)
     if probs.ndim > 1:
-        one = lambda p, m: nms(p, m, prob_threshold=prob_threshold, iou_threshold=iou_threshold)
-        return lax.map(lambda pair: one(*pair), (probs, masks))
+        rows = probs.shape[:-1]
+        thresholds = (jnp.broadcast_to(t, rows) for t in (prob_threshold, iou_threshold))
+        one = lambda row: nms(row[0], row[1], prob_threshold=row[2], iou_threshold=row[3])
+        return lax.map(one, (probs, masks, *thresholds))
     order = jnp.argsort(probs, stable=True)[::-1]  # strongest first
     candidate = probs > prob_threshold
     rival = mask_iou(masks, masks) > iou_threshold  # [Q, Q]

@@ -13,17 +13,28 @@ from sam3jax.config import EvalConfig
 from sam3jax.data.tokenizer import Tokenizer
 from sam3jax.inference.detector import Detector
 from sam3jax.model import Sam3
-from sam3jax.types import AXIS, Prompts
+from sam3jax.types import AXIS, Prompts, TextFeatures
 from sam3jax.video.association import RELEASED, Rules
-from sam3jax.video.chunks import ChunkOptions, FrameDetections, VideoDetector
+from sam3jax.video.chunks import (
+    NMS_IOU,
+    ChunkOptions,
+    FrameDetections,
+    Levels,
+    Thresholds,
+    VideoDetector,
+)
 from sam3jax.video.objects import VideoFrame, full_size_frames
 from sam3jax.video.tracks import follow
+
+_SPARE = 1.5  # times the phrases asked, up to which a program compiled for more is taken
 
 
 class VideoPredictor:
     """Finds phrases in videos, the frames spread over the devices of a mesh (default: all devices).
 
-    thresholds: phrase -> score from which a detection counts; others use config.threshold.
+    thresholds: phrase -> score from which a detection counts; others use config.threshold. nms: overlap
+    of masks from which the weaker of two finds of a phrase is left out. options: by default
+    config.max_detections of each phrase. levels: a tracker's input, from `detections` alone.
     """
 
     def __init__(
@@ -35,20 +46,39 @@ class VideoPredictor:
         thresholds: Mapping[str, float] | None = None,
         *,
         mesh: Mesh | None = None,
-        options: ChunkOptions = ChunkOptions(),  # noqa: B008 - a constant
+        nms: float = NMS_IOU,
+        options: ChunkOptions | None = None,
+        levels: Levels | None = None,
         rules: Rules = RELEASED,
     ) -> None:
         self.config = config or EvalConfig()
-        self.thresholds, self.rules, self.options = dict(thresholds or {}), rules, options
-        self._model, self._variables, self._tokenizer = model, variables, tokenizer
+        self.options = options or ChunkOptions(keep=self.config.max_detections)
+        self.thresholds, self.nms, self.rules = dict(thresholds or {}), nms, rules
         self._mesh = mesh or Mesh(np.array(jax.local_devices()), (AXIS,))
-        self._detectors: dict[tuple, VideoDetector] = {}
+        self._detector = Detector(model, self.config, self._mesh)
+        self._variables, self._tokenizer = self._detector.place(variables), tokenizer
+        self._levels = levels
+        self._texts: dict[str, TextFeatures] = {}
+        self._sizes: set[int] = set()  # numbers of phrases that programs are there for
 
     def detections(
         self, frames: Sequence[np.ndarray], phrases: Sequence[str], reverse: bool = False
     ) -> Iterator[tuple[int, FrameDetections]]:
         """(number, detections of each phrase) of each frame, at the model's size, no identities."""
-        return self._detector(tuple(phrases)).detections(frames, reverse)
+        rows = self._rows(len(phrases))
+        asked = [*phrases, *[phrases[-1]] * (rows - len(phrases))]
+        detector = VideoDetector(
+            self._detector.model,
+            self._variables,
+            jax.tree.map(lambda *x: np.concatenate(x), *map(self._encode, asked)),
+            prompts_of(len(phrases), rows),
+            self._mesh,
+            self.options,
+            Thresholds(np.array([self._threshold(p) for p in asked]), self.nms),
+            self._levels,
+        )
+        for number, found in detector.detections(frames, reverse):
+            yield number, found.of_phrases(len(phrases))
 
     def objects(
         self, frames: Sequence[np.ndarray], phrases: Sequence[str], reverse: bool = False
@@ -69,32 +99,27 @@ class VideoPredictor:
     def _threshold(self, phrase: str) -> float:
         return self.thresholds.get(phrase, self.config.threshold)
 
-    def _detector(self, phrases: tuple[str, ...]) -> VideoDetector:
-        least = min(map(self._threshold, phrases))
-        key = (phrases, least)
-        if key not in self._detectors:
-            tokens = self._tokenizer(list(phrases))
-            text = Detector(self._model, self.config).encode_text(self._variables, tokens)
-            options = self.options._replace(prob_threshold=least)
-            self._detectors = {  # of the last phrases only
-                key: VideoDetector(
-                    self._model,
-                    self._variables,
-                    text,
-                    prompts_of(len(phrases)),
-                    self._mesh,
-                    options,
-                )
-            }
-        return self._detectors[key]
+    def _encode(self, phrase: str) -> TextFeatures:
+        """On the host, [1, N, D]; each phrase once."""
+        if phrase not in self._texts:
+            found = self._detector.encode_text(self._variables, self._tokenizer([phrase]))
+            self._texts[phrase] = jax.device_get(found)
+        return self._texts[phrase]
+
+    def _rows(self, phrases: int) -> int:
+        """How many phrases are asked with these: a program for a few more need not be compiled."""
+        fitting = [n for n in self._sizes if phrases <= n <= _SPARE * phrases]
+        rows = min(fitting, default=phrases)
+        self._sizes.add(rows)
+        return rows
 
 
-def prompts_of(phrases: int) -> Prompts:
-    """One picture's prompts: each of the phrases once, no exemplars."""
+def prompts_of(phrases: int, rows: int) -> Prompts:
+    """One picture's prompts: each of the phrases once, no exemplars; rows behind them are not asked."""
     return Prompts(
-        text_id=np.arange(phrases, dtype=np.int32)[None],
-        valid=np.ones((1, phrases), bool),
-        boxes=np.zeros((1, phrases, 0, 4), np.float32),
-        box_labels=np.zeros((1, phrases, 0), np.int32),
-        box_valid=np.zeros((1, phrases, 0), bool),
+        text_id=np.arange(rows, dtype=np.int32)[None],
+        valid=np.arange(rows)[None] < phrases,
+        boxes=np.zeros((1, rows, 0, 4), np.float32),
+        box_labels=np.zeros((1, rows, 0), np.int32),
+        box_valid=np.zeros((1, rows, 0), bool),
     )

@@ -32,7 +32,7 @@ from sam3jax.inference.full_size import Detections, fetch, full_size
 from sam3jax.inference.tiles import Tile, merged, put_back, tiles_of
 from sam3jax.model import Interactive, Sam3
 from sam3jax.types import ImageFeatures, TextFeatures
-from sam3jax.video.chunks import ChunkOptions
+from sam3jax.video.chunks import NMS_IOU, ChunkOptions, SecondNeck
 from sam3jax.video.objects import VideoFrame
 from sam3jax.video.predictor import VideoPredictor
 from sam3jax.viewing.asking import (
@@ -190,7 +190,14 @@ class Predictor:
 
     @property
     def clicks(self) -> ClickPredictor:
-        """The same model and picture, asked by clicks. Raises PromptError where it has no heads."""
+        """The same model and picture, asked by clicks.
+
+        Raises PromptError where it has no heads, and where several pictures were set.
+        """
+        if len(self.pictures) > 1:
+            raise PromptError(
+                f"clicks are about one picture, and {len(self.pictures)} were set: call set_image with the one"
+            )
         if self._clicks is None:
             self._clicks = self._open_clicks()
         if self._trunk is not None and self._clicks.picture is not self.pictures[0]:
@@ -198,6 +205,11 @@ class Predictor:
         return self._clicks
 
     def _open_clicks(self) -> ClickPredictor:
+        model = Interactive(self._detector.model.config)
+        return ClickPredictor(model, self._with_heads(), self.reading)
+
+    def _with_heads(self) -> Variables:
+        """The variables with the interactive heads. Raises PromptError where there are none."""
         variables = self._variables
         if not has_heads(variables):
             if self._heads is None:
@@ -207,7 +219,7 @@ class Predictor:
                 )
             heads = self._detector.place(dict(self._heads()))
             variables = {**variables, "params": {**variables["params"], **heads}}
-        return ClickPredictor(Interactive(self._detector.model.config), variables, self.reading)
+        return variables
 
     def predict_all(
         self,
@@ -289,18 +301,27 @@ class Predictor:
         return self.of_videos().objects(frames, phrases, reverse)
 
     def of_videos(
-        self, *, threshold: float | None = None, options: ChunkOptions | None = None
-    ) -> VideoPredictor:
+        self, *, threshold: float | None = None, nms: float = NMS_IOU, joint_presence: bool = True,
+        frames_per_device: int = 1, levels: bool = False,
+    ) -> VideoPredictor:  # fmt: skip
         """The same model and thresholds, for videos; frames are spread over all devices.
 
-        threshold: one score for all phrases, instead of those chosen for each.
+        threshold: one score for all phrases, instead of those chosen for each. nms: overlap of masks from
+        which the weaker of two finds of a phrase is left out. joint_presence: scores are class times
+        presence. frames_per_device: at a time. levels: `detections` come with the second neck's three
+        levels in bfloat16, which a tracker reads. Raises PromptError where the model has no such neck.
         """
         thresholds, config = self.thresholds, self.config
         if threshold is not None:
             thresholds, config = {}, config.model_copy(update={"threshold": score(threshold)})
-        ask = self._detector
+        model = self._detector.model
+        neck = SecondNeck(model.config) if levels else None
+        options = ChunkOptions(
+            keep=config.max_detections, joint_presence=joint_presence, frames_per_device=frames_per_device
+        )  # fmt: skip
         return VideoPredictor(
-            ask.model, self._variables, self._tokenizer, config, thresholds, options=options or ChunkOptions()
+            model, self._with_heads() if levels else self._variables, self._tokenizer, config, thresholds,
+            nms=score(nms), options=options, levels=neck,
         )  # fmt: skip
 
     def draw(self, found: Mapping[str, Detections], picture: Picture | None = None) -> Image.Image:
