@@ -23,12 +23,14 @@ if __name__ == "__main__":  # before the heavy imports, so that --help answers a
 
     raise SystemExit(door("evaluate"))
 
+import jax
+
 from sam3jax.checksums import record_files
 from sam3jax.config import Config, with_settings
 from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_dataset, open_datasets
 from sam3jax.data.pictures import DataError
-from sam3jax.data.video_sets import pictures_of, videos_named
+from sam3jax.data.video_sets import names_videos, pictures_of, videos_named
 from sam3jax.data.videos import VideoDataset
 from sam3jax.errors import exit_status, plain
 from sam3jax.evaluate_clicks import evaluate_clicks, output_folder
@@ -41,19 +43,24 @@ from sam3jax.files import write_json
 from sam3jax.inference.detector import Detector
 from sam3jax.options import parse
 from sam3jax.training.mesh import local_mesh
+from sam3jax.training.peers import joined_as
 from sam3jax.video.predictor import VideoPredictor
 from sam3jax.viewing.shown import Shown
 from sam3jax.weights.run_folder import Run, read_run
 
 COMMANDS = {"clicks": evaluate_clicks}  # of tasks that are not about phrases
-VIDEOS = {"clips": videos_named}  # of tasks whose pictures are frames
 _WORSE = 0.05  # of AP50: more than luck
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit status."""
     options = parse("evaluate", arguments)
-    return exit_status(lambda: _run(options))
+    return exit_status(lambda: _joined(options))
+
+
+def _joined(options: argparse.Namespace) -> None:
+    with joined_as(options):
+        _run(options)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -69,24 +76,26 @@ def _evaluate_phrases(run: Run, options: argparse.Namespace) -> None:
         raise DataError(
             f"--clicks is for runs of clicks, and {run.path} is one of phrases: leave it out"
         )
-    named = VIDEOS.get(run.config.task)
-    videos = None if named is None else named(run.config, options.data, options.split)
-    if videos is None:
-        dataset = _dataset(run.config, options.data, options.split)
-    else:
+    videos = None
+    if names_videos(run.config, options.data):
+        videos = videos_named(run.config, options.data, options.split)
         dataset = pictures_of(videos)
-    _print(evaluate_command(run, dataset, options, videos))
+    else:
+        dataset = _dataset(run.config, options.data, options.split)
+    report = evaluate_command(run, dataset, options, videos)
+    if report is not None:
+        _print(report)
 
 
 def evaluate_command(
     run: Run, dataset: Dataset, options: argparse.Namespace, videos: VideoDataset | None = None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Evaluate as the options say and write the files; returns what evaluation.json holds.
 
-    videos: those whose frames `dataset` is; their tracks are measured too.
+    Of several processes the first one writes, and the others return None. videos: those whose frames `dataset` is; their tracks are measured too.
     """
     output = output_folder(run, options.output)
-    probe = open_dataset(run.config, options.probe, options.probe_split) if options.probe else None
+    probe = _probe(run.config, options.probe, options.probe_split) if options.probe else None
     config = run.config.evaluation
     keep = max(detections_to_keep(d, config) for d in (dataset, probe or dataset))
     ask = partial(evaluate_run, run, Detector(run.model, config, local_mesh(), limit=keep))
@@ -100,6 +109,9 @@ def evaluate_command(
 
     found = whole(options.base)
     before = whole(True) if options.compare else None
+    also = [ask(probe, base=base) for base in (True, False)] if probe is not None else []
+    if jax.process_index():
+        return None
     about = {
         "run": str(run.path),
         "step": run.step,
@@ -108,7 +120,7 @@ def evaluate_command(
     shown = Shown.by(config, None if options.base else run.thresholds)
     report = write_evaluation(output, dataset, found, before, about=about, shown=shown)
     if probe is not None:
-        before, after = (summary(ask(probe, base=base), probe) for base in (True, False))
+        before, after = (summary(found, probe) for found in also)
         report["probe"] = {**after, "base": before, "compare": compare(before, after)}
         write_json(output / "evaluation.json", report)
         record_files(output, "evaluation.json")
@@ -135,6 +147,13 @@ def _dataset(config: Config, data: str | None, split: str | None) -> Dataset:
     if dataset is None:
         raise DataError("the run has no validation data: give --data, or --split train")
     return dataset
+
+
+def _probe(config: Config, path: str, split: str) -> Dataset:
+    """A second data set; of videos their annotated frames."""
+    if names_videos(config, path):
+        return pictures_of(videos_named(config, path, split))
+    return open_dataset(config, path, split)
 
 
 def _print(report: Mapping[str, Any]) -> None:

@@ -31,10 +31,10 @@ def output_folder(run: Run, output: str | None) -> Path:
     return make_folder(folder)
 
 
-def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
     """Evaluate as the options say, write evaluation.json, clicks.json and panels; returns the first.
 
-    Raises DataError.
+    Of several processes the first one writes, and the others return None. Raises DataError.
     """
     if options.probe is not None:
         raise DataError("--probe is for runs on phrases: give the second data set to --data")
@@ -54,6 +54,8 @@ def evaluate_clicks(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
     found = ask(options.base)
     before = ask(True) if options.compare else None
+    if jax.process_index():
+        return None
     which = "base" if options.base else "tuned"
     found.write(output, before, {"run": str(run.path), "step": run.step, "weights": which})
     for name, panel in found.panels():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from sam3jax.training.log import Hook, RunLog, StepLog, nothing
 from sam3jax.training.mesh import backend_of, local_mesh, make_mesh, put_batch
 from sam3jax.training.micro_batch import resolve
 from sam3jax.training.optim import build_optimizer, schedule_warning
-from sam3jax.training.peers import joined
+from sam3jax.training.peers import joined_as
 from sam3jax.training.precision import precision_line
 from sam3jax.training.rates import count, multipliers
 from sam3jax.training.sharding import parts_of, placed
@@ -174,7 +174,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    others = options.coordinator, options.num_processes, options.process_id
-    many = options.distributed or others != (None, None, None)
-    with joined(*others, options.wait) if many else nullcontext():
+    with joined_as(options):
         train(load_config(options.config, options.overrides))

@@ -29,6 +29,7 @@ from sam3jax.inference.full_size import fetch
 from sam3jax.predict import Predictor
 from sam3jax.training.mesh import make_mesh, put_replicated
 from tests.small_run import small_run
+from tests.video_folders import write_ytvis
 
 NAMES = ["red circle", "cat", "blue dog", "tree", "house"]
 
@@ -158,6 +159,19 @@ def test_the_command_compares_and_probes(run, folder, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "blue dog" in printed
     assert "probe" in printed
+
+
+def test_a_run_of_pictures_is_measured_on_videos_too(run, folder, tmp_path, monkeypatch, capsys):
+    """What the data are decides, not the task that the run was of; a probe may be either."""
+    monkeypatch.setattr(evaluate, "read_run", lambda _: run)
+    videos = str(write_ytvis(tmp_path / "videos"))
+    assert evaluate.main(["--run", str(run.path), "--data", videos, "--probe", videos]) == 0
+    report = json.loads((run.path / "evaluation.json").read_text())
+    assert {"video/HOTA", "video/J&F", "video/steadiness", "segm/AP"} <= set(report["metrics"])
+    assert report["probe"]["metrics"]["segm/AP"] == report["metrics"]["segm/AP"]
+    assert evaluate.main(["--run", str(run.path), "--probe", videos]) == 0
+    report = json.loads((run.path / "evaluation.json").read_text())
+    assert "video/HOTA" not in report["metrics"]
 
 
 def test_predictions_hold_the_ids_of_the_file():

@@ -1,4 +1,4 @@
-"""The training command in two processes, as on two hosts, against one process with two devices."""
+"""Training and evaluation in two processes of four devices, as on two hosts, against one process of eight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.xla import flags
 pytestmark = pytest.mark.slow
 
 SETTINGS = {
-    "batch_size": 4, "save_every": 2, "log_every": 1, "eval_every": 3, "lora.targets": list(DECODER),
+    "batch_size": 8, "save_every": 2, "log_every": 1, "eval_every": 3, "lora.targets": list(DECODER),
     "optim.learning_rate": 1e-2, "optim.schedule": "constant", "optim.warmup_steps": 1,
     "evaluation.panels": 1, "evaluation.batch_size": 2, "lora.rank": 128,
     **{f"model.{k}": v for k, v in {**SMALL_MODEL, "decoder_layers": 1}.items()},
@@ -27,13 +27,13 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_small_shapes(tmp_path_factory.mktemp("data"), train=12, valid=5)
+    return write_small_shapes(tmp_path_factory.mktemp("data"), train=24, valid=5)
 
 
 def run_processes(
-    count: int, devices: int, cache: Path, arguments: list[str], stop: str = ""
+    count: int, devices: int, cache: Path, arguments: list[str], stop: str = "", of: str = "train"
 ) -> list[str]:
-    """What each of `count` processes of the training command said; fails where one failed.
+    """What each of `count` processes of a command said; fails where one failed.
 
     stop: behind this line of the first process the last one alone is sent SIGTERM; then all are to end by it.
     """
@@ -41,7 +41,7 @@ def run_processes(
         **os.environ, "XLA_FLAGS": flags(devices), "JAX_COMPILATION_CACHE_DIR": str(cache),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }  # fmt: skip
-    command = [sys.executable, "-m", "sam3jax.train", *arguments]
+    command = [sys.executable, "-m", f"sam3jax.{of}", *arguments]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -68,7 +68,7 @@ def lines(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in clock} for line in found]
 
 
-def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
+def test_two_processes_train_resume_and_evaluate_as_one_with_as_many_devices(data, tmp_path):
     def train(
         name: str, count: int, devices: int, *, stop: str = "", shard: bool = False
     ) -> list[str]:
@@ -78,10 +78,10 @@ def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
         arguments = [f"{k}={v}" for k, v in settings.items()]
         return run_processes(count, devices, tmp_path / "cache", arguments, stop)
 
-    train("one", count=1, devices=2)
+    train("one", count=1, devices=8)
     # First each host holds all weights; then base and adapters are split over both. It is the same run.
-    first = train("two", count=2, devices=1, stop="step 1/6")
-    then = train("two", count=2, devices=1, shard=True)
+    first = train("two", count=2, devices=4, stop="step 1/6")
+    then = train("two", count=2, devices=4, shard=True)
     assert "SIGTERM: " not in first[0]
     assert "SIGTERM: " in first[1]
     # They compare notes every fifth step.
@@ -94,6 +94,16 @@ def test_two_processes_train_and_resume_as_one_with_two_devices(data, tmp_path):
         assert a.pop("split") == b.pop("split")
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
     assert (tmp_path / "two" / "report.html").is_file()
+
+    for count, devices in ((1, 8), (2, 4)):
+        words = ["--run", str(tmp_path / "two"), "--output", str(tmp_path / f"by_{count}")]
+        said = run_processes(count, devices, tmp_path / "cache", words, of="evaluate")
+        assert ["segm/AP" in text for text in said] == [True, False][:count]
+    one, two = (
+        json.loads((tmp_path / f"by_{n}" / "evaluation.json").read_text())["metrics"]
+        for n in (1, 2)
+    )
+    assert one == pytest.approx(two, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("part", [["--coordinator", "localhost:1"], ["--num-processes", "2"]])

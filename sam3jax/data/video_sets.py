@@ -116,6 +116,12 @@ def open_frames(config: Config) -> tuple[Dataset, Dataset | None]:
     return pictures_of(train), None if valid is None else pictures_of(valid)
 
 
+def names_videos(config: Config, path: str | None) -> bool:
+    """Whether `path`, by default the run's own data, is of videos; to a run of clips everything is."""
+    path = path or config.data.train
+    return config.task == "clips" or (path is not None and looks_like_videos(path))
+
+
 def videos_named(config: Config, path: str | None, split: str | None) -> VideoDataset:
     """The videos that `path` and `split` name; by default the validation's.
 

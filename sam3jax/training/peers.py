@@ -6,6 +6,7 @@ more, and then ends the process with a trace of its own.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import secrets
@@ -33,6 +34,14 @@ _GRACE = 5.0  # seconds in which a process may say its own error before it ends 
 _NUMBERS = struct.Struct("!II")  # process, secret of the run
 
 Numbers = Sequence[int]
+
+
+def joined_as(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """`joined` as a command's options say; alone where they name no other process."""
+    others = options.coordinator, options.num_processes, options.process_id
+    if options.distributed or others != (None, None, None):
+        return joined(*others, options.wait)
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

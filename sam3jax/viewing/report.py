@@ -28,7 +28,7 @@ from sam3jax.data.coco import Dataset
 from sam3jax.data.datasets import open_datasets
 from sam3jax.data.describe import describe
 from sam3jax.data.pictures import DataError
-from sam3jax.data.video_sets import open_frames
+from sam3jax.data.video_sets import open_frames, read_pictures
 from sam3jax.errors import UserError
 from sam3jax.files import write_text
 from sam3jax.viewing import click_results, diagnosis, draw, tables
@@ -51,7 +51,10 @@ _COLUMNS = {"instances": "n", "AP": "AP", "AP50": "AP50", "AP75": "AP75", "preci
             "recall": "recall", "F1": "F1", "false_alarms": "false alarms",
             "best_threshold": "best threshold"}  # fmt: skip
 
-_OPEN = {"clips": open_frames}  # of tasks whose pictures are not a picture data set
+_OPEN = {
+    "clips": open_frames,
+    "clicks": read_pictures,
+}  # of tasks that read more than pictures and phrases
 REPORT = "report.html"
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "evaluation.json", "summary.json", "demo.json")
 
